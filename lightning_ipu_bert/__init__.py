@@ -1,0 +1,9 @@
+"""Pipelined BERT for PyTorch Lightning: on Graphcore IPUs, CPUs and GPUs."""
+
+from lightning_ipu_bert.data.squad import SquadDataModule
+from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.model.question_answering import BertForQuestionAnsweringModule
+
+__version__ = "0.1.0"
+
+__all__ = ["BertForQuestionAnsweringModule", "SquadDataModule", "UserError", "__version__"]

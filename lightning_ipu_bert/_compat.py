@@ -1,0 +1,16 @@
+"""The few differences between the supported stacks, each with the version where it ends."""
+
+from __future__ import annotations
+
+from typing import Any, List
+
+import torch.distributed
+
+
+def all_gather_objects(value: Any) -> List[Any]:
+    """Return every process's value, in the order of ranks; only this one's without processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: List[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -1,0 +1,162 @@
+"""The command line: Lightning's verbs on our module and data, and `ask` and `export`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence
+
+import torch
+from jsonargparse import ActionConfigFile
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_ipu_bert.commands import ask, export
+from lightning_ipu_bert.commands.parser import Parser, exit_with
+from lightning_ipu_bert.data.squad import SquadDataModule
+from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.model.predictions import PredictionWriter
+from lightning_ipu_bert.model.question_answering import ORIGIN_KEY, BertForQuestionAnsweringModule
+
+COMMANDS: Dict[str, Callable[[Sequence[str]], None]] = {"ask": ask.main, "export": export.main}
+"""The verbs that need no Trainer."""
+
+CKPT_WORDS = ("last", "best", "hpc")
+"""Values of --ckpt_path that Lightning resolves itself."""
+
+WINDOWING = ("max_length", "doc_stride")
+
+DESCRIPTION = (
+    "Fine-tune BERT on SQuAD with PyTorch Lightning. Two more verbs: 'ask' a trained model, "
+    "'export' it as a Hugging Face folder (each has its own --help)."
+)
+
+
+def shipped_configs() -> Path:
+    """Return the folder of the configs: in an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    return next(p for p in (package / "configs", package.parent / "configs") if p.is_dir())
+
+
+def find_config(name: str) -> str:
+    """Return `name` if it is a file, else the path of the shipped config of that name, if any."""
+    shipped = shipped_configs() / Path(name).with_suffix(".yaml").name
+    return str(shipped) if not Path(name).exists() and shipped.is_file() else name
+
+
+class ConfigFile(ActionConfigFile):
+    """`--config`: a file, or the name of a shipped config."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+        """Apply a config."""
+        super().__call__(parser, cfg, find_config(values), option_string)  # type: ignore[no-untyped-call]
+
+
+class QuestionAnsweringCLI(LightningCLI):
+    """`fit`, `validate`, `test` and `predict`."""
+
+    def __init__(self, args: List[str]) -> None:
+        """Parse the arguments and run the verb."""
+        super().__init__(
+            BertForQuestionAnsweringModule,
+            SquadDataModule,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "prog": "python -m lightning_ipu_bert",
+                "default_env": True,
+                "description": DESCRIPTION,
+            },
+            args=args,
+        )
+
+    def init_parser(self, **kwargs: Any) -> Parser:
+        """Return a parser that knows the shipped configs."""
+        parser = Parser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ConfigFile, help="YAML file, or name of a shipped config."
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """Add the options of the prediction files."""
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse, then let a checkpoint decide what belongs to it."""
+        self.config = parser.parse_args(args)
+        options = self.config[self.config.subcommand]
+        path = options.get("ckpt_path")
+        if path and path not in CKPT_WORDS and "://" not in path:
+            if not Path(path).is_file():
+                raise UserError(f"There is no checkpoint '{path}'. Check --ckpt_path.")
+            defaults = self._parser(self.config.subcommand).get_defaults()
+            follow_checkpoint(options, defaults, path)
+        if options.data.tokenizer_name_or_path is None:
+            options.data.tokenizer_name_or_path = options.model.model_name_or_path
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and Trainer; what they refuse is the user's to change."""
+        try:
+            super().instantiate_classes()
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(str(error)) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning 2.6 lets the checkpoint win in silence (`follow_checkpoint`)."""
+
+    def _add_instantiators(self) -> None:
+        """Do nothing: our hyperparameters are plain, `load_from_checkpoint` needs no parser."""
+
+
+def follow_checkpoint(options: Any, defaults: Any, path: str) -> None:
+    """Take model settings, windows and tokenizer from a checkpoint, and say so where they differ.
+
+    The weights, the optimizer's state and the schedule of a checkpoint fit its own settings only,
+    so that these win over the command line, as in Lightning; but not in silence.
+
+    Args:
+        options: The parsed options of a verb; changed in place.
+        defaults: Their defaults: an option that has its default counts as not given.
+        path: The checkpoint.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    saved = checkpoint.get(BertForQuestionAnsweringModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    data = checkpoint.get(SquadDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    known = {**saved, "model_name_or_path": checkpoint.get(ORIGIN_KEY)}
+    different = []
+    for group, values, names in (("model", known, list(known)), ("data", data, WINDOWING)):
+        for name in names:
+            given = options[group].get(name)
+            if name not in values or name not in options[group]:
+                continue
+            if given != defaults[group].get(name) and not _agrees(given, values[name]):
+                different.append(f"{name}={values[name]!r} (given: {given!r})")
+            options[group][name] = saved.get(name) if group == "model" else values[name]
+    if options.data.tokenizer_name_or_path is None:
+        options.data.tokenizer_name_or_path = path
+    if different:
+        rank_zero_info(
+            f"The checkpoint decides: {', '.join(different)}. To go on from its weights with other "
+            "settings, export it and give the folder as --model.model_name_or_path."
+        )
+
+
+def _agrees(given: Any, saved: Any) -> bool:
+    if isinstance(given, dict) and isinstance(saved, dict):
+        return all(saved.get(name) == value for name, value in given.items())
+    return bool(given == saved)
+
+
+def main(args: Optional[Sequence[str]] = None) -> None:
+    """Run a verb; errors of values are one line and exit code 2."""
+    words = list(sys.argv[1:] if args is None else args)
+    try:
+        if words and words[0] in COMMANDS:
+            COMMANDS[words[0]](words[1:])
+        else:
+            QuestionAnsweringCLI(words)
+    except UserError as error:
+        exit_with(str(error))

@@ -1,0 +1,1 @@
+"""Commands: the verbs beside the Trainer's own."""

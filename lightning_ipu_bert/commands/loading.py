@@ -1,0 +1,65 @@
+"""A trained model by whatever name it has: a checkpoint, a folder or a hub name."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_ipu_bert.data.answers import AnswerRules
+from lightning_ipu_bert.data.features import Windowing
+from lightning_ipu_bert.data.tokenizer import load_tokenizer
+from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.model.question_answering import BertForQuestionAnsweringModule
+
+
+class TrainedModel(NamedTuple):
+    """What it takes to answer questions."""
+
+    module: BertForQuestionAnsweringModule
+    tokenizer: Any
+    windowing: Windowing
+    rules: AnswerRules
+
+
+def load_trained(name_or_path: str) -> TrainedModel:
+    """Load a model that was trained for question answering, on the CPU.
+
+    Args:
+        name_or_path: A ``.ckpt`` file of this package, a Hugging Face folder or a hub name.
+
+    Raises:
+        UserError: If there is none, it is broken, or its head was never trained.
+    """
+    if name_or_path.endswith(".ckpt"):
+        return _from_checkpoint(name_or_path)
+    module = BertForQuestionAnsweringModule(name_or_path)
+    if not module.has_trained_head:
+        raise UserError(
+            f"'{name_or_path}' has no question answering head: its answers would be random. "
+            "Fine-tune it with the verb fit and give the checkpoint."
+        )
+    max_length = min(Windowing().max_length, module.bert_config.max_position_embeddings)
+    windowing = Windowing(max_length, min(Windowing().doc_stride, max_length // 3))
+    return TrainedModel(module.eval(), load_tokenizer(name_or_path), windowing, AnswerRules())
+
+
+def _from_checkpoint(path: str) -> TrainedModel:
+    if not Path(path).is_file():
+        raise UserError(f"There is no checkpoint '{path}'. Check the path.")
+    try:
+        module = BertForQuestionAnsweringModule.load_from_checkpoint(path, map_location="cpu")
+    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"'{path}' is no checkpoint of this package: {str(error).splitlines()[0]} "
+            "Give a .ckpt that fit has written."
+        ) from error
+    if module.tokenizer is None:
+        raise UserError(
+            f"Checkpoint '{path}' holds no tokenizer: it was not trained with a SquadDataModule. "
+            "Export its weights with module.to_huggingface() and add a tokenizer to the folder."
+        )
+    settings = module.data_settings
+    rules = AnswerRules(**{k: settings[k] for k in AnswerRules._fields if k in settings})
+    windowing = Windowing(**{k: settings[k] for k in Windowing._fields if k in settings})
+    return TrainedModel(module.eval(), module.tokenizer, windowing, rules)

@@ -1,0 +1,1 @@
+"""Data: questions and passages become features, logits become answers."""

@@ -1,0 +1,131 @@
+"""The features of a split on disk: built once, memory-mapped by every run that follows.
+
+A cache is a `datasets.Dataset` folder named by the hash of everything that shapes a feature. A
+killed run leaves no broken one, and of two processes one builds while the other waits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
+
+import numpy as np
+import numpy.typing as npt
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_ipu_bert.data import features as features_module
+from lightning_ipu_bert.data.features import Windowing, check_windowing, features_in_chunks
+from lightning_ipu_bert.data.questions import QuestionSet
+from lightning_ipu_bert.files import built_once
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset
+
+ROW_LENGTHS = {
+    "input_ids": "counts",
+    "token_type_ids": "counts",
+    "offset_starts": "passage_counts",
+    "offset_ends": "passage_counts",
+}
+"""Columns that hold a row of numbers per feature, with the column of the rows' lengths."""
+
+SCALARS = ("start_positions", "end_positions", "question", "context_start")
+"""Columns that hold one number per feature; `feature`, its index, is added when all are built."""
+
+
+def default_cache_dir() -> Path:
+    """Return the user's cache folder for features: $XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "lightning_ipu_bert"
+
+
+def cached_features(
+    question_set: QuestionSet,
+    tokenizer: Any,
+    windowing: Windowing,
+    cache_dir: Optional[Path] = None,
+    description: str = "Features",
+) -> Dataset:
+    """Return the features of a split, from the cache or freshly built into it.
+
+    Args:
+        question_set: The questions of the split.
+        tokenizer: A fast tokenizer of transformers with BERT's pair template.
+        windowing: How passages are cut.
+        cache_dir: Folder that holds all caches.
+        description: What the progress bar says.
+
+    Returns:
+        One row per feature with ``input_ids``, ``token_type_ids``, ``start_positions``,
+        ``end_positions`` (named as in Hugging Face's models), ``question``, ``context_start``,
+        ``offset_starts``, ``offset_ends`` (see `features.build_features`) and ``feature``, the row.
+
+    Raises:
+        UserError: If window and stride do not fit, or a question is too long for the window.
+    """
+    from datasets import load_from_disk
+
+    check_windowing(windowing)
+
+    def build(folder: Path) -> None:
+        dataset = build_dataset(question_set, tokenizer, windowing, description)
+        dataset.save_to_disk(str(folder), num_shards=1)
+        rank_zero_info(f"{description}: {len(dataset)} features cached in {final}")
+
+    key = cache_key(question_set, tokenizer, windowing)
+    final = Path(cache_dir or default_cache_dir()) / "features" / key
+    return load_from_disk(str(built_once(final, build)))
+
+
+def cache_key(question_set: QuestionSet, tokenizer: Any, windowing: Windowing) -> str:
+    """Return the hash of everything that shapes a feature: data, tokenizer, lengths and code."""
+    code = Path(features_module.__file__).read_bytes() + Path(__file__).read_bytes()
+    specials = f"{tokenizer.cls_token_id},{tokenizer.sep_token_id}"
+    parts = [question_set.digest(), tokenizer.backend_tokenizer.to_str(), specials, str(windowing)]
+    text = "\0".join([*parts, hashlib.sha256(code).hexdigest()])
+    return hashlib.sha256(text.encode("utf8", "surrogatepass")).hexdigest()[:32]
+
+
+def flat_column(features: Dataset, name: str) -> npt.NDArray[np.int64]:
+    """Return a column as one array; rows of a list column follow each other without a gap."""
+    column = features.data.column(name).combine_chunks()
+    values = column.flatten() if name in ROW_LENGTHS else column
+    return np.asarray(values.to_numpy(zero_copy_only=False), np.int64)
+
+
+def build_dataset(
+    question_set: QuestionSet,
+    tokenizer: Any,
+    windowing: Windowing,
+    description: Optional[str] = None,
+) -> Dataset:
+    """Build the features of a split in memory, with a progress bar if it has a description."""
+    import pyarrow
+    from datasets import Dataset
+    from tqdm.auto import tqdm
+
+    tables: List[pyarrow.Table] = []
+    total = len(question_set.questions)
+    hidden = description is None
+    with tqdm(total=total, desc=description, unit=" q", leave=False, disable=hidden) as progress:
+        for done, columns in features_in_chunks(question_set, tokenizer, windowing):
+            tables.append(_arrow_table(columns))
+            progress.update(done)
+    table = pyarrow.concat_tables(tables)
+    return Dataset(table.append_column("feature", [np.arange(table.num_rows, dtype=np.int32)]))
+
+
+def _arrow_table(columns: Dict[str, Any]) -> pyarrow.Table:
+    import pyarrow
+
+    arrays: Dict[str, Any] = {}
+    for name, lengths in ROW_LENGTHS.items():
+        bounds = np.concatenate([[0], np.cumsum(columns[lengths])]).astype(np.int32)
+        kind = np.int8 if name == "token_type_ids" else np.int32
+        arrays[name] = pyarrow.ListArray.from_arrays(bounds, columns[name].astype(kind))
+    for name in SCALARS:
+        arrays[name] = columns[name].astype(np.int32)
+    return pyarrow.table(arrays)

@@ -1,0 +1,302 @@
+"""Features: tokenised windows over question and passage, with the answer as a token span.
+
+    [CLS] question [SEP] first part of the passage  [SEP]
+    [CLS] question [SEP]          next part of the passage [SEP]      <- overlaps by doc_stride
+
+Passages and questions are tokenised once each, and the windows are then put together by index
+arithmetic over whole chunks; the usual way tokenises a passage anew for each of its questions and
+walks over its characters in Python.
+
+Letters in shapes: Q questions, P passages, F features (windows), T tokens of all of them in a row.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any, Dict, Iterator, NamedTuple, Sequence, Tuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_ipu_bert.data.questions import Question, QuestionSet
+from lightning_ipu_bert.errors import UserError
+
+IntArray = npt.NDArray[np.int64]
+
+SPECIAL_TOKENS = 3
+"""[CLS], [SEP] after the question and [SEP] after the passage."""
+
+QUESTIONS_PER_CHUNK = 4096
+"""Bounds the memory of one chunk to some hundred megabytes and moves the progress bar often."""
+
+
+class Windowing(NamedTuple):
+    """How long passages are cut. Source: Devlin et al., BERT's run_squad.py (max_seq_length)."""
+
+    max_length: int = 384
+    """Tokens in a feature, special tokens included."""
+    doc_stride: int = 128
+    """Passage tokens that two neighbouring windows share."""
+
+
+class TokenizedTexts(NamedTuple):
+    """Texts as one long row of tokens, e.g. [A B C | D E] for two texts."""
+
+    ids: IntArray
+    """[T]: token ids, without special tokens."""
+    counts: IntArray
+    """[texts]: tokens of each text."""
+    char_starts: IntArray
+    """[T]: first character of each token, counted in its own text."""
+    char_ends: IntArray
+    """[T]: character after the last of each token."""
+
+    @property
+    def firsts(self) -> IntArray:
+        """[texts]: index of each text's first token."""
+        return starts_of(self.counts)
+
+
+class TokenSpans(NamedTuple):
+    """Where answers stand in the tokens of their whole passage, -1 where there is none; each [Q].
+
+    The first character of the answer lies in the tokens ``start_low..start_high``, the last one in
+    ``end_low..end_high``. Low and high differ only where one character became several tokens.
+    """
+
+    start_low: IntArray
+    start_high: IntArray
+    end_low: IntArray
+    end_high: IntArray
+
+
+def check_windowing(windowing: Windowing) -> None:
+    """Refuse a window in which no question of any length could be followed by a new passage token.
+
+    Raises:
+        UserError: If the stride does not leave room for special tokens and one question token.
+    """
+    longest = windowing.max_length - SPECIAL_TOKENS - 2
+    if not 0 <= windowing.doc_stride <= longest:
+        raise UserError(
+            f"doc_stride={windowing.doc_stride} does not fit max_length={windowing.max_length}: "
+            "windows must move on and hold a question too. "
+            f"Set doc_stride to 0..{max(longest, 0)}, or a larger max_length."
+        )
+
+
+def features_in_chunks(
+    question_set: QuestionSet, tokenizer: Any, windowing: Windowing
+) -> Iterator[Tuple[int, Dict[str, Any]]]:
+    """Yield the features of a split, some thousand questions at a time.
+
+    Args:
+        question_set: The questions, in the order in which features come out.
+        tokenizer: A fast tokenizer of transformers with BERT's pair template.
+        windowing: How passages are cut.
+
+    Yields:
+        The number of questions just done and their features by column: see `build_features`.
+
+    Raises:
+        UserError: If a question is too long for the window.
+    """
+    encoder = plain_encoder(tokenizer)
+    special = (int(tokenizer.cls_token_id), int(tokenizer.sep_token_id))
+    for first in range(0, len(question_set.questions), QUESTIONS_PER_CHUNK):
+        questions = question_set.questions[first : first + QUESTIONS_PER_CHUNK]
+        used, passage_of = np.unique([q.passage for q in questions], return_inverse=True)
+        passages = encode(encoder, [question_set.passages[p] for p in used])
+        asked = encode(encoder, [q.text.lstrip() for q in questions])
+        _check_lengths(questions, asked.counts, passages.counts[passage_of], windowing)
+        spans = answer_token_spans(questions, passages, passage_of)
+        yield (
+            len(questions),
+            build_features(asked, passages, passage_of, spans, windowing, special, first),
+        )
+
+
+def plain_encoder(tokenizer: Any) -> Any:
+    """Return a copy of the fast tokenizer's engine that neither truncates nor pads.
+
+    Checkpoints may carry both settings in their tokenizer.json (sentence-transformers' do).
+    """
+    from tokenizers import Tokenizer
+
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
+
+
+def encode(encoder: Any, texts: Sequence[str]) -> TokenizedTexts:
+    """Tokenise texts, without special tokens."""
+    encodings = encoder.encode_batch(list(texts), add_special_tokens=False)
+    counts = np.array([len(e) for e in encodings], np.int64)
+    total = int(counts.sum())
+    ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, total)
+    offsets = chain.from_iterable(chain.from_iterable(e.offsets for e in encodings))
+    chars = np.fromiter(offsets, np.int64, 2 * total).reshape(-1, 2)
+    return TokenizedTexts(ids, counts, chars[:, 0], chars[:, 1])
+
+
+def _check_lengths(
+    questions: Sequence[Question], asked: IntArray, passage: IntArray, windowing: Windowing
+) -> None:
+    if (passage == 0).any():
+        q = int(np.flatnonzero(passage == 0)[0])
+        raise UserError(
+            f"The context of question '{questions[q].id}' has no character that the tokenizer "
+            "knows. Every question needs a passage: correct it or remove the question."
+        )
+    room = windowing.max_length - SPECIAL_TOKENS - asked  # [Q] for passage tokens in a window
+    stuck = (room < 1) | ((passage > room) & (room <= windowing.doc_stride))
+    if stuck.any():
+        q = int(np.flatnonzero(stuck)[0])
+        most = windowing.max_length - SPECIAL_TOKENS - windowing.doc_stride - 1
+        raise UserError(
+            f"Question '{questions[q].id}' ({questions[q].text.strip()[:60]!r}) has {asked[q]} "
+            f"tokens; at max_length={windowing.max_length} and doc_stride={windowing.doc_stride} "
+            f"at most {most} leave room to move through its passage. "
+            "Raise max_length, lower doc_stride, or shorten it."
+        )
+
+
+def answer_token_spans(
+    questions: Sequence[Question], passages: TokenizedTexts, passage_of: IntArray
+) -> TokenSpans:
+    """Find the tokens that hold the first and the last character of every first answer.
+
+    White space and characters that the tokenizer drops belong to no token; the answer begins and
+    ends at its outermost characters that do. Tokens count from the start of their passage.
+    """
+    answered = np.array([bool(q.answers) for q in questions])
+    first_char = np.array([q.answers[0].start if q.answers else 0 for q in questions], np.int64)
+    length = np.array([len(q.answers[0].text) if q.answers else 1 for q in questions], np.int64)
+
+    # One search serves all passages: give each a range of characters of its own, far from others.
+    gap = int(max(passages.char_ends.max(initial=0), (first_char + length).max(initial=0))) + 1
+    shift = np.arange(len(passages.counts)) * gap
+    starts = passages.char_starts + np.repeat(shift, passages.counts)
+    ends = passages.char_ends + np.repeat(shift, passages.counts)
+    begin = first_char + shift[passage_of]
+    last = begin + length - 1
+
+    # First token that ends behind `begin`, and last token that starts no later than `last`.
+    entry = np.minimum(np.searchsorted(ends, begin, "right"), len(ends) - 1)
+    leave = np.maximum(np.searchsorted(starts, last, "right") - 1, 0)
+    begin = np.maximum(begin, starts[entry])
+    last = np.minimum(last, ends[leave] - 1)
+    answered &= begin <= last
+
+    base = passages.firsts[passage_of]
+    bounds = (
+        np.searchsorted(ends, begin, "right"),
+        np.searchsorted(starts, begin, "right") - 1,
+        np.searchsorted(ends, last, "right"),
+        np.searchsorted(starts, last, "right") - 1,
+    )
+    return TokenSpans(*(np.where(answered, bound - base, -1) for bound in bounds))
+
+
+def build_features(
+    asked: TokenizedTexts,
+    passages: TokenizedTexts,
+    passage_of: IntArray,
+    spans: TokenSpans,
+    windowing: Windowing,
+    special: Tuple[int, int],
+    first_question: int = 0,
+) -> Dict[str, Any]:
+    """Cut passages into windows behind their questions, for a chunk of questions at once.
+
+    Args:
+        asked: The questions' tokens.
+        passages: The passages' tokens.
+        passage_of: [Q], index of each question's passage.
+        spans: Tokens of each question's answer in the whole passage.
+        windowing: How passages are cut.
+        special: Token ids of [CLS] and [SEP].
+        first_question: Index of the chunk's first question in its split.
+
+    Returns:
+        One entry per feature and column. ``counts`` [F] holds the lengths of the rows of
+        ``input_ids`` and ``token_type_ids`` (flat, [T]); ``passage_counts`` [F] those of
+        ``offset_starts`` and ``offset_ends`` (characters of the window's passage tokens). The rest
+        is [F]: ``question`` (index in the split), ``context_start`` (position of the first passage
+        token), ``start_positions`` and ``end_positions`` (first and last token of the answer, or 0,
+        [CLS], where the window does not hold it).
+    """
+    room = windowing.max_length - SPECIAL_TOKENS - asked.counts  # [Q]
+    length = passages.counts[passage_of]  # [Q]
+    step = np.maximum(room - windowing.doc_stride, 1)
+    windows = 1 + np.maximum(-(-(length - room) // step), 0)  # [Q]
+
+    question = np.repeat(np.arange(len(windows)), windows)  # [F]
+    lower = ranges(np.zeros_like(windows), windows) * step[question]
+    upper = np.minimum(lower + room[question], length[question])
+    context_start = asked.counts[question] + 2
+    counts = context_start + (upper - lower) + 1
+
+    row = starts_of(counts)  # [F] where each feature begins in the flat row
+    ids = np.full(int(counts.sum()), special[1])
+    ids[row] = special[0]
+    ids[ranges(row + 1, asked.counts[question])] = asked.ids[
+        ranges(asked.firsts[question], asked.counts[question])
+    ]
+    source = ranges(passages.firsts[passage_of[question]] + lower, upper - lower)
+    ids[ranges(row + context_start, upper - lower)] = passages.ids[source]
+    token_types = np.zeros(len(ids), np.int8)
+    token_types[ranges(row + context_start, upper - lower + 1)] = 1
+
+    start, end = smallest_spans(spans, question, lower, upper)
+    held = start >= 0
+    return {
+        "counts": counts,
+        "input_ids": ids,
+        "token_type_ids": token_types,
+        "start_positions": np.where(held, start - lower + context_start, 0),
+        "end_positions": np.where(held, end - lower + context_start, 0),
+        "question": question + first_question,
+        "context_start": context_start,
+        "passage_counts": upper - lower,
+        "offset_starts": passages.char_starts[source],
+        "offset_ends": passages.char_ends[source],
+    }
+
+
+def smallest_spans(
+    spans: TokenSpans, question: IntArray, lower: IntArray, upper: IntArray
+) -> Tuple[IntArray, IntArray]:
+    """Choose, in every window, the fewest tokens that cover the answer.
+
+    Args:
+        spans: Tokens of the answers, per question.
+        question: [F], question of each window.
+        lower: [F], first passage token of each window.
+        upper: [F], passage token behind its last.
+
+    Returns:
+        First and last token of the span, counted in the passage; both [F], -1 where the window
+        does not hold the whole answer.
+    """
+    start = np.minimum(spans.start_high[question], upper - 1)
+    end = np.maximum(spans.end_low[question], lower)
+    held = (start >= np.maximum(spans.start_low[question], lower)) & (
+        end <= np.minimum(spans.end_high[question], upper - 1)
+    )
+    held &= spans.start_low[question] >= 0
+    # Where one character became several tokens the two may cross: one token covers it all.
+    start = np.minimum(start, end)
+    return np.where(held, start, -1), np.where(held, end, -1)
+
+
+def starts_of(counts: IntArray) -> IntArray:
+    """Return where each of several rows begins when they stand one behind the other."""
+    return np.cumsum(counts) - counts
+
+
+def ranges(first: IntArray, counts: IntArray) -> IntArray:
+    """Return ``first[i], first[i] + 1, ...`` for ``counts[i]`` numbers, one i after the other."""
+    within = np.arange(int(counts.sum())) - np.repeat(starts_of(counts), counts)
+    return np.repeat(first, counts) + within

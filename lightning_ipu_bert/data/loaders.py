@@ -1,0 +1,128 @@
+"""Batches: which features stand in which one, padded; and an order that a resumed run continues."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+
+class Collator:
+    """Pads features to one length and stacks them.
+
+    Gives ``input_ids``, ``attention_mask`` and ``token_type_ids`` [B, S], and ``start_positions``,
+    ``end_positions`` and ``feature`` (its index in the split) [B], all int64.
+    """
+
+    def __init__(self, pad_token_id: int, length: Optional[int] = None) -> None:
+        """Create a collator.
+
+        Args:
+            pad_token_id: Token id behind the end of shorter features.
+            length: Tokens of every batch; the longest feature of each batch where None.
+        """
+        self.pad_token_id = pad_token_id
+        self.length = length
+
+    def __call__(self, features: Sequence[Dict[str, Any]]) -> Dict[str, Tensor]:
+        """Make a batch of rows of a features data set."""
+        input_ids = self._stack([f["input_ids"] for f in features], self.pad_token_id)
+        counts = torch.tensor([len(f["input_ids"]) for f in features])
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": (torch.arange(input_ids.shape[1]) < counts[:, None]).long(),
+            "token_type_ids": self._stack([f["token_type_ids"] for f in features], 0),
+        }
+        for name in ("start_positions", "end_positions", "feature"):
+            batch[name] = torch.tensor([f[name] for f in features])
+        return batch
+
+    def _stack(self, rows: List[List[int]], padding: int) -> Tensor:
+        stacked = pad_sequence([torch.tensor(row) for row in rows], True, padding)
+        missing = (self.length or 0) - stacked.shape[1]
+        return torch.nn.functional.pad(stacked, (0, max(missing, 0)), value=padding)
+
+
+class TrainingSampler(DistributedSampler):  # type: ignore[type-arg]  # not generic in torch 2.0
+    """The order of an epoch's features: shuffled by seed and epoch, alike lengths side by side.
+
+    As a `DistributedSampler` it knows its share of the features in data-parallel runs, gets the
+    epoch from Lightning, and is left in place by it.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        group_by_length: bool = False,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Create a sampler.
+
+        Args:
+            lengths: Tokens of every feature.
+            batch_size: Features of a batch on one replica.
+            group_by_length: Keep features of alike length together, to save padding: within 50
+                global batches they stand in order of length.
+            num_replicas: Replicas that share the features.
+            rank: This replica.
+            seed: The same seed gives the same order on every replica.
+        """
+        super().__init__(lengths, num_replicas, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
+        self.lengths = lengths
+        self.global_batch_size = batch_size * num_replicas
+        self.group_by_length = group_by_length
+        self.skipped = 0
+
+    def skip(self, count: int) -> None:
+        """Leave out the first features of the next epoch that is drawn."""
+        self.skipped = count
+
+    def __iter__(self) -> Iterator[int]:
+        """Draw this replica's features of the epoch."""
+        generator = torch.Generator()
+        generator.manual_seed(self.seed + self.epoch)
+        if self.group_by_length:
+            grouped: Callable[..., List[int]] = get_length_grouped_indices
+            order = grouped(self.lengths, self.global_batch_size, generator=generator)
+        else:
+            order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        order += order[: self.total_size - len(order)]  # the same number for every replica
+        first, self.skipped = self.skipped, 0
+        return iter(order[self.rank :: self.num_replicas][first:])
+
+
+class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]  # not generic at run time
+    """A loader that can go on in the middle of an epoch.
+
+    Lightning saves the `state_dict` of such loaders in its checkpoints and loads it on resuming.
+    """
+
+    _epoch: int = 0
+    _batches: int = 0
+    _resume_from: Optional[Dict[str, int]] = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield the batches of the epoch, less those that were done before the run was resumed."""
+        self._epoch, self._batches = getattr(self.sampler, "epoch", 0), 0
+        state, self._resume_from = self._resume_from, None
+        if isinstance(self.sampler, TrainingSampler) and state and state["epoch"] == self._epoch:
+            self._batches = state["batches"] if state["batches"] < len(self) else 0
+            self.sampler.skip(self._batches * int(self.batch_size or 1))
+        for batch in super().__iter__():
+            self._batches += 1
+            yield batch
+
+    def state_dict(self) -> Dict[str, int]:
+        """Return the epoch and how many of its batches were handed out."""
+        return {"epoch": self._epoch, "batches": self._batches}
+
+    def load_state_dict(self, state: Dict[str, int]) -> None:
+        """Let the next epoch that is drawn go on where `state` was taken, if it is the same."""
+        self._resume_from = dict(state)

@@ -1,0 +1,84 @@
+"""Tokenizers: from a folder, the hub or a checkpoint, and as plain text to put into one."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, Dict
+
+import torch
+from transformers import AutoTokenizer
+
+from lightning_ipu_bert.errors import UserError
+
+CHECKPOINT_KEY = "tokenizer_files"
+"""Where a checkpoint holds the files of its tokenizer: {name: text}."""
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """Load a fast tokenizer with BERT's pair template.
+
+    Args:
+        name_or_path: Folder, hub name, or a checkpoint of `BertForQuestionAnsweringModule`.
+
+    Raises:
+        UserError: If there is none, it is not a fast one, or it joins pairs in another way.
+    """
+    if name_or_path.endswith(".ckpt"):
+        return _from_checkpoint(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"No tokenizer could be loaded from '{name_or_path}': {reason} "
+            "Give a folder or a hub name that holds one with --data.tokenizer_name_or_path."
+        ) from error
+    check_tokenizer(tokenizer, name_or_path)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Refuse tokenizers whose features we could not build.
+
+    Raises:
+        UserError: If the tokenizer is not a fast one or does not give [CLS] A [SEP] B [SEP].
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"The tokenizer of '{name}' is not a fast one, so it knows no character offsets. "
+            "Give one with a tokenizer.json."
+        )
+    a, b = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("a", "b"))
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    if tokenizer("a", "b")["input_ids"] != [cls, *a, sep, *b, sep]:
+        raise UserError(
+            f"The tokenizer of '{name}' does not join question and passage as "
+            "[CLS] A [SEP] B [SEP]. Give a BERT tokenizer."
+        )
+
+
+def tokenizer_to_files(tokenizer: Any) -> Dict[str, str]:
+    """Return the tokenizer as {file name: text}, to be kept in a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_text("utf8") for path in sorted(Path(folder).iterdir())}
+
+
+def tokenizer_from_files(files: Dict[str, str]) -> Any:
+    """Return the tokenizer that `tokenizer_to_files` took apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            (Path(folder) / name).write_text(text, "utf8")
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def _from_checkpoint(path: str) -> Any:
+    if not Path(path).is_file():
+        raise UserError(f"There is no checkpoint '{path}'. Check the path.")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if not checkpoint.get(CHECKPOINT_KEY):
+        raise UserError(
+            f"Checkpoint '{path}' holds no tokenizer. Give one with --data.tokenizer_name_or_path."
+        )
+    return tokenizer_from_files(checkpoint[CHECKPOINT_KEY])

@@ -1,0 +1,1 @@
+"""Model: the LightningModule, its optimizer, its checkpoints and its report."""

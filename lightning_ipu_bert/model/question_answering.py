@@ -1,0 +1,281 @@
+"""`BertForQuestionAnsweringModule`: extractive question answering with BERT, for Lightning."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import BertConfig, BertForQuestionAnswering
+
+from lightning_ipu_bert._compat import all_gather_objects
+from lightning_ipu_bert.data.squad import SquadDataModule
+from lightning_ipu_bert.data.tokenizer import (
+    CHECKPOINT_KEY,
+    tokenizer_from_files,
+    tokenizer_to_files,
+)
+from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.model.architecture import architecture_of, build_network
+from lightning_ipu_bert.model.checkpoint import AtomicCheckpointIO, RandomStates
+from lightning_ipu_bert.model.optimizer import (
+    LR_SCHEDULES,
+    decay_groups,
+    learning_rate_schedule,
+    warmup_steps,
+)
+from lightning_ipu_bert.model.report import TrainingReport
+
+Batch = Dict[str, Tensor]
+BatchLogits = Tuple[Tensor, Tensor, Tensor]
+"""``feature`` [B], start logits [B, S] and end logits [B, S], on the CPU."""
+
+
+class SpanLogits(NamedTuple):
+    """Scores of every token, before the softmax over a window."""
+
+    start_logits: Tensor
+    """[B, S]: as the first token of the answer."""
+    end_logits: Tensor
+    """[B, S]: as its last token."""
+
+
+NETWORK_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+SCORES_KEY = "scores"
+"""Where a checkpoint holds the scores measured with just its weights."""
+ORIGIN_KEY = "trained_from"
+"""Where a checkpoint names the model that training began with."""
+
+
+class BertForQuestionAnsweringModule(pl.LightningModule):
+    """BERT with a span head: fine-tuned, evaluated by exact match and F1, and asked for answers.
+
+    The parameters are named as in Hugging Face's `BertForQuestionAnswering` (``bert...`` and
+    ``qa_outputs...``), in this module and in its checkpoints. A checkpoint holds the architecture
+    and the tokenizer too, and needs no other file.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: Optional[str] = None,
+        config: Union[Dict[str, Any], BertConfig, None] = None,
+        learning_rate: float = 5e-5,
+        weight_decay: float = 0.01,
+        lr_schedule: str = "linear",
+        warmup_ratio: float = 0.0,
+        warmup_steps: int = 0,
+    ) -> None:
+        """Build the network.
+
+        Args:
+            model_name_or_path: Folder or hub name of a BERT checkpoint; random weights if null.
+            config: Fields of BertConfig that differ from the checkpoint's (or from BertConfig's
+                defaults, without a checkpoint), e.g. {hidden_dropout_prob: 0.0}.
+            learning_rate: Highest learning rate of AdamW.
+            weight_decay: Decay of all weights but biases and LayerNorms.
+            lr_schedule: What follows the warm-up: linear or cosine (to 0 at the end of the run) or
+                constant.
+            warmup_ratio: Share of all updates in which the learning rate rises from 0.
+            warmup_steps: The same as a number of updates; takes the place of warmup_ratio.
+
+        Raises:
+            UserError: If no BERT can be built from what is given, or a number is out of its range.
+        """
+        super().__init__()
+        _check_hyperparameters(learning_rate, lr_schedule, warmup_ratio, warmup_steps)
+        self.save_hyperparameters(ignore=["config"])
+        network, self.has_trained_head = build_network(model_name_or_path, config)
+        self.bert_config: BertConfig = network.config
+        self.bert, self.qa_outputs = network.bert, network.qa_outputs
+        # Plain values only: Lightning loads checkpoints with torch's weights_only.
+        self.save_hyperparameters({"config": architecture_of(network.config) if config else None})
+        self.tokenizer: Any = None
+        self.data_settings: Dict[str, Any] = {}
+        self._origin = model_name_or_path
+        self._logits: List[BatchLogits] = []
+        self._scores: Dict[str, float] = {}
+        self._scores_step = -1
+
+    # --- network --------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Optional[Tensor] = None,
+        token_type_ids: Optional[Tensor] = None,
+    ) -> SpanLogits:
+        """Score every token as start and as end of the answer.
+
+        Args:
+            input_ids: [B, S]
+            attention_mask: [B, S], 1 for tokens and 0 for padding.
+            token_type_ids: [B, S], 0 for the question and 1 for the passage.
+        """
+        hidden = self.bert(input_ids, attention_mask, token_type_ids)[0]  # [B, S, D]
+        return SpanLogits(*self.qa_outputs(hidden).unbind(-1))  # [B, S, 2] -> 2 x [B, S]
+
+    def to_huggingface(self) -> BertForQuestionAnswering:
+        """Return Hugging Face's model with a copy of the weights."""
+        network = BertForQuestionAnswering(self.bert_config)
+        network.load_state_dict(self.state_dict())
+        network.train(False)
+        return network
+
+    # --- steps ----------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        loss = span_loss(self._run(batch), batch)
+        self.log("train/loss", loss, prog_bar=True)
+        schedule: Any = self.lr_schedulers()
+        self.log("lr", schedule.get_last_lr()[0], prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the loss and keep the logits for the scores."""
+        self._evaluation_step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Do as in validation, under test/."""
+        self._evaluation_step(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> BatchLogits:
+        """Return feature indices and logits; `PredictionWriter` turns them into answers."""
+        return _on_host(batch, self._run(batch))
+
+    def _run(self, batch: Batch) -> SpanLogits:
+        logits: SpanLogits = self(**{name: batch[name] for name in NETWORK_INPUTS})
+        return logits
+
+    def _evaluation_step(self, batch: Batch, prefix: str) -> None:
+        logits = self._run(batch)
+        loss, examples = span_loss(logits, batch), len(batch["input_ids"])
+        self.log(f"{prefix}/loss", loss, prog_bar=True, batch_size=examples, sync_dist=True)
+        self._logits.append(_on_host(batch, logits))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/exact_match and val/f1."""
+        self._log_scores("val", "validation")
+
+    def on_test_epoch_end(self) -> None:
+        """Log test/exact_match and test/f1."""
+        self._log_scores("test", "test")
+
+    def _log_scores(self, prefix: str, split: str) -> None:
+        parts, self._logits = self._logits, []
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, SquadDataModule):
+            return  # somebody's own loader: there are no texts to compare
+        # A question's windows may lie on several devices; afterwards every one knows all of them.
+        everywhere = [part for parts_of_one in all_gather_objects(parts) for part in parts_of_one]
+        scores = {f"{prefix}/{k}": v for k, v in data.scores(split, everywhere).items()}
+        self.log_dict(scores, prog_bar=True)
+        if not self.trainer.sanity_checking:
+            self._scores, self._scores_step = scores, self.trainer.global_step
+
+    # --- optimization ---------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW and a learning rate that changes with every update."""
+        optimizer = torch.optim.AdamW(
+            decay_groups(self, self.hparams["weight_decay"]), lr=self.hparams["learning_rate"]
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = warmup_steps(total, self.hparams["warmup_ratio"], self.hparams["warmup_steps"])
+        schedule = learning_rate_schedule(optimizer, self.hparams["lr_schedule"], warmup, total)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr-AdamW"},
+        }
+
+    # --- around the run -------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Take the data's tokenizer, and make saving atomic."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, SquadDataModule):
+            self.tokenizer = data.tokenizer
+            self._check_fits(data)
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = AtomicCheckpointIO()
+
+    def configure_callbacks(self) -> List[pl.Callback]:
+        """Return the callbacks that every run has, less those that this Trainer already has."""
+        own: List[pl.Callback] = [RandomStates(), TrainingReport()]
+        present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [callback for callback in own if type(callback) not in present]
+
+    def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
+        """Put architecture, tokenizer and scores into the checkpoint."""
+        hyper_parameters = checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        checkpoint[ORIGIN_KEY] = self._origin
+        hyper_parameters["model_name_or_path"] = None
+        hyper_parameters["config"] = architecture_of(self.bert_config)
+        if self.tokenizer is not None:
+            checkpoint[CHECKPOINT_KEY] = tokenizer_to_files(self.tokenizer)
+        if self._scores_step == self.trainer.global_step:
+            checkpoint[SCORES_KEY] = dict(self._scores)
+
+    def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
+        """Take the tokenizer and the scores out of the checkpoint."""
+        if checkpoint.get(CHECKPOINT_KEY):
+            self.tokenizer = tokenizer_from_files(checkpoint[CHECKPOINT_KEY])
+        self._scores = checkpoint.get(SCORES_KEY, {})
+        self._origin = checkpoint.get(ORIGIN_KEY)
+        self.data_settings = checkpoint.get(SquadDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+
+    @property
+    def scores(self) -> Dict[str, float]:
+        """The last scores of evaluation, by name."""
+        return dict(self._scores)
+
+    def _check_fits(self, data: SquadDataModule) -> None:
+        if len(data.tokenizer) > self.bert_config.vocab_size:
+            raise UserError(
+                f"The tokenizer has {len(data.tokenizer)} tokens and the model only "
+                f"{self.bert_config.vocab_size}. Give the model's own by "
+                "--data.tokenizer_name_or_path, or set vocab_size in --model.config."
+            )
+        longest = self.bert_config.max_position_embeddings
+        if data.windowing.max_length > longest:
+            raise UserError(
+                f"max_length={data.windowing.max_length} is longer than the model's {longest} "
+                f"positions. Set --data.max_length to {longest} or less."
+            )
+
+
+def span_loss(logits: SpanLogits, batch: Batch) -> Tensor:
+    """Return the mean cross-entropy of start and end over the batch.
+
+    Args:
+        logits: Scores of the tokens.
+        batch: ``start_positions`` and ``end_positions`` [B], the tokens of the right answer.
+
+    Source:
+        Devlin et al., BERT (arXiv:1810.04805), section 4.2.
+    """
+    start = cross_entropy(logits.start_logits, batch["start_positions"])
+    end = cross_entropy(logits.end_logits, batch["end_positions"])
+    return (start + end) / 2
+
+
+def _on_host(batch: Batch, logits: SpanLogits) -> BatchLogits:
+    starts, ends = logits.start_logits.float().cpu(), logits.end_logits.float().cpu()
+    return batch["feature"].cpu(), starts, ends
+
+
+def _check_hyperparameters(
+    learning_rate: float, lr_schedule: str, warmup_ratio: float, warmup_steps: int
+) -> None:
+    if learning_rate <= 0:
+        raise UserError(f"learning_rate={learning_rate} must be above 0, e.g. 5e-5.")
+    if lr_schedule not in LR_SCHEDULES:
+        raise UserError(f"lr_schedule={lr_schedule!r} is unknown. Use one of {list(LR_SCHEDULES)}.")
+    if not 0 <= warmup_ratio < 1:
+        raise UserError(f"warmup_ratio={warmup_ratio} must be at least 0 and below 1, e.g. 0.1.")
+    if warmup_steps < 0:
+        raise UserError(f"warmup_steps={warmup_steps} must be 0 or more.")
