@@ -34,9 +34,8 @@ def usual_loop(
 
     For every example, every window, every pair of the best starts and ends; the window's offsets
     are None outside the passage. One thing differs: the best starts and ends are sought among the
-    are None outside the passage. One thing differs: the best starts and ends are sought among the
-    passage's tokens. The usual loop seeks them among all positions and then drops those outside the
-    answers depend on how a batch was padded.
+    passage's tokens. The usual loop seeks them among all positions and drops those outside the
+    passage later, so that its answers depend on how a batch was padded.
     """
     windows_of: Dict[int, List[int]] = {}
     for i, row in enumerate(rows):

@@ -17,53 +17,58 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, Dict, List
 
+import lightning.pytorch as pl
 import torch
 from score_predictions import score
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForQuestionAnswering,
     DataCollatorWithPadding,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
 from lightning_ipu_bert.data.answers import AnswerRules, Windows, decode, join_logits
 from lightning_ipu_bert.data.feature_cache import cached_features
 from lightning_ipu_bert.data.features import Windowing
+from lightning_ipu_bert.data.loaders import Collator
 from lightning_ipu_bert.data.readers import Rules, read_files
+from lightning_ipu_bert.model.question_answering import BertForQuestionAnsweringModule
 
 BATCH = 16
 MODEL_COLUMNS = ["input_ids", "token_type_ids", "start_positions", "end_positions"]
 
 
 class InOrderTrainer(Trainer):
-    """A Trainer that takes the examples as they come, so that another can take the same."""
+    """A Trainer that takes the examples as they come, and keeps every loss unrounded."""
+
+    losses: List[float]
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        self.losses.append(float(loss[0] if isinstance(loss, tuple) else loss))
+        return loss
 
-class History(TrainerCallback):
-    """Keeps the loss of every update, and the time of its end."""
+
+class LossHistory(pl.Callback):
+    """Keeps the loss of every batch of a Lightning run."""
 
     def __init__(self) -> None:
         self.losses: List[float] = []
-        self.times: List[float] = []
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.times.append(time.perf_counter())
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.losses.append(logs["loss"])
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
+        self.losses.append(float(outputs["loss"]))
 
 
 def arguments(folder: str, **changes: Any) -> TrainingArguments:
@@ -97,12 +102,90 @@ def load_model(path: str, dropout: bool) -> BertForQuestionAnswering:
     return BertForQuestionAnswering.from_pretrained(path, config=config, dtype=torch.float32)
 
 
+def our_module(path: str, dropout: bool) -> BertForQuestionAnsweringModule:
+    """Return our module with the recipe and the very weights of `load_model`."""
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    module = BertForQuestionAnsweringModule(
+        path, {} if dropout else off, learning_rate=1e-4, weight_decay=0.01, warmup_ratio=0.1
+    )
+    module.load_state_dict(load_model(path, dropout).state_dict())
+    return module
+
+
+def our_trainer(folder: str, **changes: Any) -> pl.Trainer:
+    """Return Lightning's Trainer with the recipe."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    recipe = {"accelerator": "cpu", "gradient_clip_val": 1.0, "enable_checkpointing": False}
+    return pl.Trainer(default_root_dir=folder, **{**quiet, **recipe, **changes})
+
+
+def our_loader(features: Any, pad_token_id: int) -> DataLoader:
+    """Return the features in order, in our batches."""
+    return DataLoader(features, BATCH, collate_fn=Collator(pad_token_id))
+
+
 def load_features(options: argparse.Namespace, split: str) -> Any:
     """Return questions and features of a split; both sides train on these."""
     file = options.train_file if split == "train" else options.validation_file
     question_set = read_files([file], Rules())
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     return question_set, cached_features(question_set, tokenizer, Windowing(), None, split)
+
+
+def parity(options: argparse.Namespace) -> None:
+    """Train 20 updates on identical batches, without dropout, in float32; compare the losses."""
+    train = load_features(options, "train")[1].select(range(20 * BATCH))
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = InOrderTrainer(
+            load_model(options.model, dropout=False),
+            arguments(folder, num_train_epochs=1, bf16=False),
+            train_dataset=train.select_columns(MODEL_COLUMNS),
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )
+        theirs.losses = []
+        theirs.train()
+        history = LossHistory()
+        ours = our_trainer(folder, max_epochs=1, callbacks=[history])
+        ours.fit(
+            our_module(options.model, dropout=False), our_loader(train, tokenizer.pad_token_id)
+        )
+    differences = [abs(a - b) for a, b in zip(theirs.losses, history.losses)]
+    for step, (a, b) in enumerate(zip(theirs.losses, history.losses)):
+        print(f"update {step:2}: Trainer {a:.6f}, ours {b:.6f}")
+    print(f"{len(differences)} updates, largest difference of losses {max(differences):.1e}")
+
+
+def speed(options: argparse.Namespace) -> None:
+    """Train the same blocks of updates with both in turn; print the ratio of their times."""
+    block = options.updates * BATCH
+    train = load_features(options, "train")[1]
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    ratios = []
+    for pair in range(options.pairs):
+        rows = train.select(range(pair * block, (pair + 1) * block))
+        with tempfile.TemporaryDirectory() as folder:
+            theirs = InOrderTrainer(
+                load_model(options.model, dropout=True),
+                arguments(folder, num_train_epochs=1, logging_steps=10),
+                train_dataset=rows.select_columns(MODEL_COLUMNS),
+                data_collator=DataCollatorWithPadding(tokenizer),
+            )
+            theirs.losses = []
+            ours = our_trainer(folder, max_epochs=1, precision="bf16-mixed")
+            module = our_module(options.model, dropout=True)
+            loader = our_loader(rows, tokenizer.pad_token_id)
+            begin = time.perf_counter()
+            theirs.train()
+            middle = time.perf_counter()
+            ours.fit(module, loader)
+            end = time.perf_counter()
+        ratios.append((middle - begin) / (end - middle))
+        print(f"pair {pair}: Trainer {middle - begin:.1f} s, ours {end - middle:.1f} s", flush=True)
+    print(
+        f"speed ours / Trainer: median {statistics.median(ratios):.3f} "
+        f"({min(ratios):.3f} .. {max(ratios):.3f}) over {len(ratios)} pairs"
+    )
 
 
 def full(options: argparse.Namespace) -> None:
@@ -133,10 +216,13 @@ def full(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    modes = {"parity": parity, "full": full, "speed": speed}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("mode", choices=["full"])
+    parser.add_argument("mode", choices=list(modes))
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--validation_file", required=True)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help="folder or hub name of a BERT")
+    parser.add_argument("--pairs", type=int, default=7, help="of blocks, for speed")
+    parser.add_argument("--updates", type=int, default=8, help="in a block, for speed")
     options = parser.parse_args()
-    {"full": full}[options.mode](options)
+    modes[options.mode](options)

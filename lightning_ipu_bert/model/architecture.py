@@ -56,6 +56,7 @@ def build_network(
             f"No model could be loaded from '{name_or_path}': {str(error).splitlines()[0]} "
             "Give --model.model_name_or_path a folder or a hub name that holds a BERT."
         ) from error
+    network.train()  # it comes without dropout, ready for inference
     return network, not any(key.startswith(HEAD) for key in info["missing_keys"])
 
 
