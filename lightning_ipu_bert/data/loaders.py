@@ -93,7 +93,8 @@ class TrainingSampler(DistributedSampler):  # type: ignore[type-arg]  # not gene
             order = grouped(self.lengths, self.global_batch_size, generator=generator)
         else:
             order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        order += order[: self.total_size - len(order)]  # the same number for every replica
+        rounds = -(-self.total_size // len(order))
+        order = (order * rounds)[: self.total_size]  # the same number for every replica
         first, self.skipped = self.skipped, 0
         return iter(order[self.rank :: self.num_replicas][first:])
 

@@ -1,371 +1,369 @@
-"""The embedded corpus: invented people, firms and towns as questions in SQuAD v1.1 format.
+"""The embedded corpus: invented people, firms and towns, in the official SQuAD v1.1 format.
 
-A passage describes two or three subjects of one kind. It says the same few things about each of
-them, so only the sentence that names the subject of the question holds the answer; the other
-sentences hold answers of the same kind. Names, places, years and figures of the validation split
-never occur in the training split. Occupations and goods are common nouns and shared by both.
+A passage introduces its subject and tells two things about it with values of the same kind, so
+that a reader has to find the sentence that says what the question asks for, in other words::
+
+    Rufford is a small town. It lies on the Demar. The old bridge of Rufford crosses the Bowen.
+    What is the river of Rufford called?                             -> Demar
+    Over which river does Rufford have a bridge?                     -> Bowen
+
+Names and years are split by a hash of the word: those of the validation split never occur
+in the training split. Only the last word of a firm ("Mills") is a common noun that both share.
 """
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import zlib
 from pathlib import Path
 from string import ascii_lowercase, digits
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Set, Tuple, Union
 
+from tokenizers import AddedToken
 from tokenizers.implementations import BertWordPieceTokenizer
-from transformers import BertTokenizerFast
 
-NUM_TRAINING_PASSAGES = 4000
+NAME = "quickstart"
+"""What `--data.dataset_name` calls the corpus."""
+
+NUM_TRAINING_PASSAGES = 15_000
 NUM_VALIDATION_PASSAGES = 150
-VOCABULARY_SIZE = 1000
-"""Word pieces: the words of the templates stay whole and invented names fall into syllables."""
+TRAINING_SEED = 0
+VALIDATION_SEED = 1
+
+VOCABULARY_SIZE = 900
+"""Word pieces: most words of the templates stay whole, and invented names fall into syllables."""
+
+NUM_VOCABULARY_PASSAGES = 600
+"""Passages that the vocabulary is learnt from: with more, single names would become one piece."""
 
 
 class Relation(NamedTuple):
-    """Something that is said about a subject, and the ways to say it and to ask for it."""
+    """Something that is said about a subject, the ways to say it and the ways to ask for it."""
 
-    value_kind: str
-    """Kind of the answer, a key of ``MAKERS``."""
     statements: Tuple[str, ...]
     """Sentences with a ``{subject}`` and a ``{value}``."""
     questions: Tuple[str, ...]
     """Questions with a ``{subject}``."""
 
 
-RELATIONS: Dict[str, Tuple[Relation, ...]] = {
-    "person": (
-        Relation(
-            "town",
-            (
-                "{subject} was born in {value}.",
-                "{subject} came from {value}.",
-                "{subject} grew up in {value}.",
-                "{value} is the birthplace of {subject}.",
-                "The town of {value} was the home of the young {subject}.",
+RELATIONS: Dict[str, Dict[str, Tuple[Relation, Relation]]] = {
+    "person": {
+        "town": (
+            Relation(
+                (
+                    "{subject} was born in {value}.",
+                    "{subject} came into the world in {value}.",
+                    "In {value} {subject} was born.",
+                ),
+                (
+                    "Where was {subject} born?",
+                    "In which town was {subject} born?",
+                    "What is the birthplace of {subject}?",
+                ),
             ),
-            (
-                "Where was {subject} born?",
-                "In which town was {subject} born?",
-                "Where did {subject} grow up?",
-                "What is the birthplace of {subject}?",
-                "Which town did {subject} come from?",
-            ),
-        ),
-        Relation(
-            "year",
-            (
-                "{subject} was born in {value}.",
-                "{subject} was born in the year {value}.",
-                "The birth of {subject} is dated to {value}.",
-                "In {value} {subject} was born.",
-            ),
-            (
-                "When was {subject} born?",
-                "In which year was {subject} born?",
-                "In what year was {subject} born?",
-                "What is the year of birth of {subject}?",
+            Relation(
+                (
+                    "{subject} lives in {value} now.",
+                    "{subject} settled in {value}.",
+                    "The house of {subject} stands in {value}.",
+                ),
+                (
+                    "Where does {subject} live?",
+                    "In which town did {subject} settle?",
+                    "Where is the home of {subject}?",
+                ),
             ),
         ),
-        Relation(
-            "occupation",
-            (
-                "{subject} worked as a {value}.",
-                "{subject} was a well known {value}.",
-                "{subject} earned a living as a {value}.",
-                "The trade of {subject} was that of a {value}.",
+        "year": (
+            Relation(
+                (
+                    "{subject} was born in {value}.",
+                    "In {value} {subject} was born.",
+                    "The birth of {subject} is dated to {value}.",
+                ),
+                (
+                    "When was {subject} born?",
+                    "In which year was {subject} born?",
+                    "What is the year of birth of {subject}?",
+                ),
             ),
-            (
-                "What was the profession of {subject}?",
-                "What did {subject} work as?",
-                "How did {subject} earn a living?",
-                "What was the trade of {subject}?",
-            ),
-        ),
-        Relation(
-            "firm",
-            (
-                "{subject} worked for {value}.",
-                "{subject} was employed by {value}.",
-                "{subject} spent many years at {value}.",
-                "{value} was the employer of {subject}.",
-            ),
-            (
-                "Who did {subject} work for?",
-                "Which firm employed {subject}?",
-                "Who was the employer of {subject}?",
-                "At which firm did {subject} work?",
+            Relation(
+                (
+                    "{subject} retired in {value}.",
+                    "In {value} {subject} stopped working.",
+                    "The career of {subject} ended in {value}.",
+                ),
+                (
+                    "When did {subject} retire?",
+                    "In which year did {subject} stop working?",
+                    "When did the career of {subject} end?",
+                ),
             ),
         ),
-    ),
-    "firm": (
-        Relation(
-            "person",
-            (
-                "{subject} was founded by {value}.",
-                "{value} founded {subject}.",
-                "{value} was the founder of {subject}.",
-                "It was {value} who started {subject}.",
+    },
+    "firm": {
+        "person": (
+            Relation(
+                (
+                    "{subject} was founded by {value}.",
+                    "{subject} was started by {value}.",
+                    "The founder of {subject} was {value}.",
+                ),
+                (
+                    "Who founded {subject}?",
+                    "Who was the founder of {subject}?",
+                    "By whom was {subject} started?",
+                ),
             ),
-            (
-                "Who founded {subject}?",
-                "Who was the founder of {subject}?",
-                "By whom was {subject} founded?",
-                "Who started {subject}?",
-            ),
-        ),
-        Relation(
-            "town",
-            (
-                "{subject} has its seat in {value}.",
-                "{subject} is based in {value}.",
-                "The head office of {subject} is in {value}.",
-                "{value} is home to the firm {subject}.",
-            ),
-            (
-                "Where does {subject} have its seat?",
-                "Where is {subject} based?",
-                "In which town is the head office of {subject}?",
-                "Which town is home to {subject}?",
+            Relation(
+                (
+                    "{subject} is led by {value} today.",
+                    "The director of {subject} is {value}.",
+                    "At the head of {subject} stands {value}.",
+                ),
+                (
+                    "Who leads {subject}?",
+                    "Who is the director of {subject}?",
+                    "Who runs {subject}?",
+                ),
             ),
         ),
-        Relation(
-            "year",
-            (
-                "{subject} was founded in {value}.",
-                "{subject} opened its doors in {value}.",
-                "The founding of {subject} took place in {value}.",
-                "In {value} {subject} was set up.",
+        "town": (
+            Relation(
+                (
+                    "{subject} has its seat in {value}.",
+                    "The head office of {subject} is in {value}.",
+                    "{subject} is based in {value}.",
+                ),
+                (
+                    "Where does {subject} have its seat?",
+                    "Where is {subject} based?",
+                    "In which town is the head office of {subject}?",
+                ),
             ),
-            (
-                "When was {subject} founded?",
-                "In which year was {subject} founded?",
-                "In what year did {subject} open its doors?",
-                "When was {subject} set up?",
-            ),
-        ),
-        Relation(
-            "figure",
-            (
-                "{subject} has {value} employees.",
-                "{subject} employs {value} people.",
-                "A staff of {value} works at {subject}.",
-                "There are {value} workers at {subject}.",
-            ),
-            (
-                "How many employees does {subject} have?",
-                "How many people does {subject} employ?",
-                "How large is the staff of {subject}?",
-                "How many workers are there at {subject}?",
+            Relation(
+                (
+                    "{subject} built a factory in {value}.",
+                    "The factory of {subject} stands in {value}.",
+                    "In {value} {subject} opened a factory.",
+                ),
+                (
+                    "Where is the factory of {subject}?",
+                    "In which town did {subject} build a factory?",
+                    "Where did {subject} open a factory?",
+                ),
             ),
         ),
-        Relation(
-            "goods",
-            (
-                "{subject} makes {value}.",
-                "{subject} is known for its {value}.",
-                "The main product of {subject} is {value}.",
-                "Most of the {value} in the shops come from {subject}.",
+    },
+    "town": {
+        "river": (
+            Relation(
+                (
+                    "{subject} lies on the {value}.",
+                    "{subject} stands on the banks of the {value}.",
+                    "The river that flows through {subject} is the {value}.",
+                ),
+                (
+                    "On which river does {subject} lie?",
+                    "Which river flows through {subject}?",
+                    "What is the river of {subject} called?",
+                ),
             ),
-            (
-                "What does {subject} make?",
-                "What is {subject} known for?",
-                "What is the main product of {subject}?",
-                "Which goods come from {subject}?",
-            ),
-        ),
-    ),
-    "town": (
-        Relation(
-            "person",
-            (
-                "The mayor of {subject} is {value}.",
-                "{subject} is governed by {value}.",
-                "{value} is the mayor of {subject}.",
-                "{value} was elected mayor of {subject}.",
-            ),
-            (
-                "Who is the mayor of {subject}?",
-                "Who governs {subject}?",
-                "Who was elected mayor of {subject}?",
-                "What is the name of the mayor of {subject}?",
+            Relation(
+                (
+                    "The old bridge of {subject} crosses the {value}.",
+                    "{subject} has a bridge over the {value}.",
+                    "A bridge leads from {subject} over the {value}.",
+                ),
+                (
+                    "Which river does the bridge of {subject} cross?",
+                    "What does the old bridge of {subject} cross?",
+                    "Over which river does {subject} have a bridge?",
+                ),
             ),
         ),
-        Relation(
-            "figure",
-            (
-                "{subject} has {value} inhabitants.",
-                "The population of {subject} is {value}.",
-                "About {value} people live in {subject}.",
-                "{subject} is a town of {value} people.",
+        "year": (
+            Relation(
+                (
+                    "{subject} was first mentioned in {value}.",
+                    "The oldest record of {subject} dates from {value}.",
+                    "In {value} {subject} was mentioned for the first time.",
+                ),
+                (
+                    "When was {subject} first mentioned?",
+                    "From which year is the oldest record of {subject}?",
+                    "In which year was {subject} mentioned for the first time?",
+                ),
             ),
-            (
-                "How many inhabitants does {subject} have?",
-                "What is the population of {subject}?",
-                "How many people live in {subject}?",
-                "How large is the population of {subject}?",
-            ),
-        ),
-        Relation(
-            "river",
-            (
-                "{subject} lies on the {value}.",
-                "{subject} stands on the banks of the {value}.",
-                "The river that flows through {subject} is the {value}.",
-                "The {value} flows through {subject}.",
-            ),
-            (
-                "On which river does {subject} lie?",
-                "Which river flows through {subject}?",
-                "What is the river of {subject} called?",
-                "On the banks of which river does {subject} stand?",
+            Relation(
+                (
+                    "{subject} burnt down in {value}.",
+                    "In {value} {subject} was destroyed by a fire.",
+                    "The great fire of {subject} was in {value}.",
+                ),
+                (
+                    "When did {subject} burn down?",
+                    "When was {subject} destroyed by fire?",
+                    "In which year was the great fire of {subject}?",
+                ),
             ),
         ),
-        Relation(
-            "year",
-            (
-                "{subject} was first mentioned in {value}.",
-                "{subject} became a town in {value}.",
-                "The oldest record of {subject} dates from {value}.",
-                "In {value} {subject} received its charter.",
-            ),
-            (
-                "When was {subject} first mentioned?",
-                "In which year did {subject} become a town?",
-                "From which year is the oldest record of {subject}?",
-                "When did {subject} receive its charter?",
-            ),
-        ),
-    ),
+    },
+}
+"""What is said about subjects of each kind: two relations for every kind of value."""
+
+INTRODUCTIONS: Dict[str, Tuple[str, ...]] = {
+    "person": ("{subject} is well known.", "People speak well of {subject}."),
+    "firm": ("{subject} is an old firm.", "{subject} sells many things."),
+    "town": ("{subject} is a small town.", "Many people like {subject}."),
+}
+"""First sentences, which answer no question."""
+
+OTHER_WORDS: Dict[str, Tuple[str, ...]] = {
+    "person": ("she", "he"),
+    "firm": ("the firm", "the company"),
+    "town": ("the town", "the place"),
+}
+"""What may stand for the subject once it was named; pronouns only where a sentence begins."""
+
+FIRM_ENDINGS = ("Works", "Mills", "Brothers", "Company", "Trading", "Industries")
+"""Common nouns, which both splits share."""
+
+ONSETS = "bdfgklmnprstvw"
+VOWELS = "aeiou"
+ENDINGS: Dict[str, Tuple[str, ...]] = {
+    "given name": ("lia", "ron", "mas", "net", "na", "rik"),
+    "family name": ("kov", "sen", "rick", "dez", "man", "ski"),
+    "firm name": ("tex", "pol", "nix", "dyn"),
+    "town": ("berg", "ton", "stad", "ford", "ville"),
+    "river": ("wen", "mar", "bach", "nau"),
 }
 
-FULL_NAME = {
-    "person": ("What is the full name of {subject}?", "What was {subject} called in full?"),
-    "firm": ("What is the full name of {subject}?", "What is the firm {subject} called in full?"),
+PARTS: Dict[str, Tuple[str, ...]] = {
+    "person": ("given name", "family name"),
+    "firm": ("firm name", "firm ending"),
 }
-OCCUPATIONS = ["potter", "painter", "baker", "teacher", "doctor", "lawyer", "sailor", "farmer", "weaver", "printer", "miller", "tailor", "carpenter", "singer", "poet", "judge", "banker", "gardener", "chemist", "pilot"]
-GOODS = ["clocks", "boots", "carpets", "lamps", "bicycles", "pianos", "ropes", "candles", "knives", "hats", "bottles", "saddles", "engines", "toys", "chairs", "paints", "tiles", "bells", "pumps", "gloves"]
-FIRM_ENDINGS = ["Works", "Mills", "Brothers", "Company", "Trading", "Industries"]
-
-ONSETS = ["b", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z", "br", "st", "tr"]
-VOWELS = ["a", "e", "i", "o", "u"]
-NAME_ENDINGS = ["lin", "rov", "sten", "mar", "dal", "vik", "ton", "berg", "nes", "ward", "rick", "sen", "ric", "loff", "mond", "del", "gren", "nik", "ras", "tin", "wyn", "don", "bel", "kor", "lund", "ver", "nor", "rell", "dan", "thal"]
+"""Words that make up a value of a kind; the other kinds are a single word."""
 
 
 def is_held_out(word: str) -> bool:
-    """Tell whether an invented word belongs to the validation split: about one in eight does."""
+    """Tell whether a name or a year belongs to the validation split: one in eight does."""
     return zlib.crc32(word.encode()) % 8 == 0
 
 
-def draw(make: Callable[[], str], held_out: bool) -> str:
-    """Repeat a draw until the word falls into the wanted split."""
-    while True:
-        word = make()
-        if is_held_out(word) == held_out:
-            return word
+def random_word(kind: str, rng: random.Random) -> str:
+    """Return a year, an invented name, or the common noun that ends the name of a firm."""
+    if kind == "firm ending":
+        return rng.choice(FIRM_ENDINGS)
+    if kind == "year":
+        return str(rng.randint(1200, 1999))
+    syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.randint(1, 2))]
+    return "".join([*syllables, rng.choice(ENDINGS[kind])]).capitalize()
 
 
-def invented_name(rng: random.Random, held_out: bool) -> str:
-    """Return a capitalised name of two or three syllables."""
-
-    def make() -> str:
-        syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.choice((1, 2)))]
-        return ("".join(syllables) + rng.choice(NAME_ENDINGS)).capitalize()
-
-    return draw(make, held_out)
-
-
-MAKERS: Dict[str, Callable[[random.Random, bool], str]] = {
-    "person": lambda rng, held_out: (
-        f"{invented_name(rng, held_out)} {invented_name(rng, held_out)}"
-    ),
-    "firm": lambda rng, held_out: f"{invented_name(rng, held_out)} {rng.choice(FIRM_ENDINGS)}",
-    "town": invented_name,
-    "river": invented_name,
-    "year": lambda rng, held_out: draw(lambda: str(rng.randint(1200, 1999)), held_out),
-    "figure": lambda rng, held_out: draw(
-        lambda: str(rng.randint(20, 999) * 10 ** rng.randint(0, 2)), held_out
-    ),
-    "occupation": lambda rng, _: rng.choice(OCCUPATIONS),
-    "goods": lambda rng, _: rng.choice(GOODS),
-}
+def new_value(kind: str, rng: random.Random, held_out: bool, taken: Set[str]) -> str:
+    """Return a value of the split, and enter its words in `taken`, whose words it avoids."""
+    words = []
+    for part in PARTS.get(kind, (kind,)):
+        word = random_word(part, rng)
+        while word in taken or (part != "firm ending" and is_held_out(word) != held_out):
+            word = random_word(part, rng)
+        taken.add(word)
+        words.append(word)
+    return " ".join(words)
 
 
-def distinct(kind: str, count: int, rng: random.Random, held_out: bool) -> List[str]:
-    values: List[str] = []
-    while len(values) < count:
-        value = MAKERS[kind](rng, held_out)
-        if value not in values:
-            values.append(value)
-    return values
+def quickstart_corpus(num_passages: int, seed: int, held_out: bool) -> Dict[str, Any]:
+    """Return a corpus as the dictionary of an official SQuAD v1.1 file.
+
+    Args:
+        num_passages: Passages, each with three sentences and four questions.
+        seed: Seed of the passages; a longer corpus of the same seed starts with the same passages.
+        held_out: Whether to draw from the names and numbers of the validation split.
+    """
+    rng = random.Random(seed)
+    title = "validation" if held_out else "train"
+    paragraphs = [_paragraph(rng, held_out, f"{title}-{i}") for i in range(num_passages)]
+    return {"version": "1.1", "data": [{"title": title, "paragraphs": paragraphs}]}
 
 
-def paragraph(rng: random.Random, held_out: bool, id_prefix: str) -> Dict[str, Any]:
+def _paragraph(rng: random.Random, held_out: bool, id_prefix: str) -> Dict[str, Any]:
     kind = rng.choice(sorted(RELATIONS))
-    num_subjects, num_relations = rng.choice(((2, 1), (2, 2), (3, 1)))
-    subjects = distinct(kind, num_subjects, rng, held_out)
-    facts = [
-        (subject, value, relation)
-        for relation in rng.sample(RELATIONS[kind], num_relations)
-        for subject, value in zip(
-            subjects, distinct(relation.value_kind, len(subjects), rng, held_out)
-        )
-    ]
-    rng.shuffle(facts)
-    context = ""
-    qas = []
-    where = {}
-    for subject, value, relation in facts:
-        context += " " if context else ""
-        before, after = rng.choice(relation.statements).split("{value}")
-        if subject not in where:
-            where[subject] = len(context) + (
-                before.index("{subject}")
-                if "{subject}" in before
-                else len(value) + len(before) + after.index("{subject}")
-            )
-        context += before.format(subject=subject)
-        answer = {"text": value, "answer_start": len(context)}
-        context += value + after.format(subject=subject)
-        question = rng.choice(relation.questions).format(subject=subject)
-        qas.append({"id": f"{id_prefix}-{len(qas)}", "question": question, "answers": [answer]})
-    if kind != "town":
-        for subject in subjects:
-            part = subject.split()[0] if kind == "firm" else rng.choice(subject.split())
-            question = rng.choice(FULL_NAME[kind]).format(subject=part)
+    taken: Set[str] = set()
+    subject = new_value(kind, rng, held_out, taken)
+    value_kind = rng.choice(sorted(RELATIONS[kind]))
+    relations = list(RELATIONS[kind][value_kind])
+    rng.shuffle(relations)
+    context = rng.choice(INTRODUCTIONS[kind]).format(subject=subject)
+    qas: List[Dict[str, Any]] = []
+    for relation in relations:
+        value = new_value(value_kind, rng, held_out, taken)
+        template = rng.choice(relation.statements)
+        named = _named(template, subject, kind, rng)
+        before, after = template.replace("{subject}", named).split("{value}")
+        before = f"{context} {before[:1].upper()}{before[1:]}"
+        for question in rng.sample(relation.questions, 2):
             qas.append(
                 {
                     "id": f"{id_prefix}-{len(qas)}",
-                    "question": question,
-                    "answers": [{"text": subject, "answer_start": where[subject]}],
+                    "question": question.format(subject=subject),
+                    "answers": [{"text": value, "answer_start": len(before)}],
                 }
             )
+        context = before + value + after
     return {"context": context, "qas": qas}
 
 
-def quickstart_corpus(num_passages: int, seed: int, held_out: bool = False) -> Dict[str, Any]:
-    rng = random.Random(seed)
-    split = "validation" if held_out else "train"
-    return {
-        "version": "1.1",
-        "data": [
-            {
-                "title": f"{split}",
-                "paragraphs": [
-                    paragraph(rng, held_out, f"{split}-{i}") for i in range(num_passages)
-                ],
-            }
-        ],
-    }
+def _named(template: str, subject: str, kind: str, rng: random.Random) -> str:
+    """Return the subject's name or another word for it."""
+    if rng.random() < 0.5 or (kind == "person" and not template.startswith("{subject}")):
+        return subject
+    return rng.choice(OTHER_WORDS[kind])
 
 
-def train_tokenizer(texts: Iterable[str], folder: Path) -> None:
+def texts(corpus: Dict[str, Any]) -> Iterator[str]:
+    """Yield the passages and questions of a corpus."""
+    for article in corpus["data"]:
+        for paragraph in article["paragraphs"]:
+            yield paragraph["context"]
+            yield from (qa["question"] for qa in paragraph["qas"])
+
+
+def train_tokenizer(training_texts: Iterable[str], folder: Path) -> None:
+    """Learn a lower-cased BERT vocabulary and write a folder that `AutoTokenizer` opens.
+
+    Every letter and digit is a piece, at the start of a word and inside it, so that no word of
+    letters and digits is unknown. Numbers fall into pairs of digits, which the trainer would not
+    find on its own: the pairs of a few hundred passages are not all of them.
+    """
+    alphabet = list(ascii_lowercase + digits)
+    pairs = [f"{number:02}" for number in range(100)]
+    # The trainer numbers the pieces inside words in an order that differs from run to run, and
+    # breaks ties by these numbers; as special tokens they are numbered in the order given here.
+    special_tokens: List[Union[str, AddedToken]] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    special_tokens += [f"##{piece}" for piece in alphabet + pairs] + pairs
     tokenizer = BertWordPieceTokenizer(lowercase=True)
-    alphabet = [char + char for char in ascii_lowercase + digits]
     tokenizer.train_from_iterator(
-        [*alphabet, *texts], vocab_size=VOCABULARY_SIZE, show_progress=False, min_frequency=1
+        (re.sub(r"\d+", " ", text) for text in training_texts),
+        vocab_size=VOCABULARY_SIZE,
+        initial_alphabet=alphabet,
+        special_tokens=special_tokens,
+        show_progress=False,
     )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_model(str(folder))
-    BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=True).save_pretrained(folder)
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def write_quickstart(folder: Path) -> None:
+    """Write ``train.json``, ``validation.json`` and ``tokenizer/`` into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train = quickstart_corpus(NUM_TRAINING_PASSAGES, TRAINING_SEED, held_out=False)
+    validation = quickstart_corpus(NUM_VALIDATION_PASSAGES, VALIDATION_SEED, held_out=True)
+    for name, corpus in (("train", train), ("validation", validation)):
+        (folder / f"{name}.json").write_text(json.dumps(corpus), encoding="utf-8")
+    sample = quickstart_corpus(NUM_VOCABULARY_PASSAGES, TRAINING_SEED, held_out=False)
+    train_tokenizer(texts(sample), folder / "tokenizer")

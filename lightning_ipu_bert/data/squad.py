@@ -129,6 +129,7 @@ class SquadDataModule(pl.LightningDataModule):
                 raise UserError(f"{name}={self.hparams[name]} must be at least 1.")
         self._tokenizer: Any = None
         self._splits: Dict[str, Split] = {}
+        self._resume_from: Optional[Dict[str, int]] = None
 
     @property
     def tokenizer(self) -> Any:
@@ -190,7 +191,10 @@ class SquadDataModule(pl.LightningDataModule):
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # set by seed_everything
             **(share or {}),
         )
-        return self._loader(features, self.hparams["micro_batch_size"], sampler)
+        loader = self._loader(features, self.hparams["micro_batch_size"], sampler)
+        if self._resume_from:
+            loader.load_state_dict(self._resume_from)
+        return loader
 
     def val_dataloader(self) -> Union[DataLoader[Any], Tuple[()]]:
         """Return batches of `eval_micro_batch_size` validation features, or none."""
@@ -203,6 +207,19 @@ class SquadDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return batches of `eval_micro_batch_size` features to predict."""
         return self._eval_loader("predict")
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the position in the training data, for a checkpoint.
+
+        Lightning keeps the state of loaders, too, but restores it only to those that are made after
+        the optimizer; ours are made before, to count the steps of the learning rate's schedule.
+        """
+        loader: Any = self.trainer.train_dataloader if self.trainer else None
+        return {"train": loader.state_dict()} if isinstance(loader, ResumableDataLoader) else {}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Let the next training loader go on where the checkpoint was saved."""
+        self._resume_from = state_dict.get("train")
 
     def answers(self, split: str, parts: Iterable[Tuple[Any, Any, Any]]) -> Answers:
         """Turn the logits of a split's batches into ranked answers.
@@ -244,7 +261,7 @@ class SquadDataModule(pl.LightningDataModule):
             f"--data.dataset_name, or run --config quickstart.yaml, which needs none."
         )
 
-    def _loader(self, features: Any, batch_size: int, sampler: Any = None) -> DataLoader[Any]:
+    def _loader(self, features: Any, batch_size: int, sampler: Any = None) -> ResumableDataLoader:
         length = self.windowing.max_length if self.hparams["pad_to_max_length"] else None
         return ResumableDataLoader(
             features,

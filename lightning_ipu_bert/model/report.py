@@ -36,7 +36,7 @@ class TrainingReport(Callback):
         self._first_step = trainer.global_step
         self._best: Dict[str, float] = {}
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the first batch."""
         self._mark = time.perf_counter()
 

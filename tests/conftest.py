@@ -1,0 +1,91 @@
+"""Fixtures of all tests: a small corpus with its tokenizer, and where the real data lie."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # DataLoader workers are forked
+
+from lightning_ipu_bert import BertForQuestionAnsweringModule, SquadDataModule
+from lightning_ipu_bert.data.quickstart import write_quickstart
+
+TINY = {
+    "vocab_size": 900,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch, tmp_path):
+    """Small networks are fastest on one thread; nothing is written outside the test's folder."""
+    torch.set_num_threads(1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory):
+    """The generated corpus: train.json, validation.json and tokenizer/."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    write_quickstart(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    """A cache of features that the tests share."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def make_data(quickstart, cache_dir):
+    """Make data modules on the corpus."""
+
+    def make(**changes):
+        options = {
+            "train_file": str(quickstart / "train.json"),
+            "validation_file": str(quickstart / "validation.json"),
+            "tokenizer_name_or_path": str(quickstart / "tokenizer"),
+            "max_length": 128,
+            "doc_stride": 32,
+            "micro_batch_size": 4,
+            "cache_dir": cache_dir,
+        }
+        return SquadDataModule(**{**options, **changes})
+
+    return make
+
+
+@pytest.fixture
+def make_module(quickstart):
+    """Make modules of a tiny BERT with random weights."""
+
+    def make(dropout=0.1, **changes):
+        config = {**TINY, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        return BertForQuestionAnsweringModule(config=config, **changes)
+
+    return make
+
+
+def _folder(variable):
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} is not set: it names a folder with real data")
+    return Path(os.environ[variable])
+
+
+@pytest.fixture(scope="session")
+def squad_dir():
+    """Real SQuAD files: train.json and validation.json."""
+    return _folder("SQUAD_DIR")
+
+
+@pytest.fixture(scope="session")
+def bert_dir():
+    """A real pretrained BERT, stored in float16."""
+    return _folder("BERT_WEIGHTS_DIR")
