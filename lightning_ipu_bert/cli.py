@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
-import torch
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -16,13 +16,14 @@ from lightning_ipu_bert.commands import ask, export
 from lightning_ipu_bert.commands.parser import Parser, exit_with
 from lightning_ipu_bert.data.squad import SquadDataModule
 from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.files import read_checkpoint
 from lightning_ipu_bert.model.predictions import PredictionWriter
 from lightning_ipu_bert.model.question_answering import ORIGIN_KEY, BertForQuestionAnsweringModule
 
 COMMANDS: Dict[str, Callable[[Sequence[str]], None]] = {"ask": ask.main, "export": export.main}
 """The verbs that need no Trainer."""
 
-CKPT_WORDS = ("last", "best", "hpc")
+LIGHTNINGS_OWN = re.compile(r"(last|best|hpc)$|registry|.*://")
 """Values of --ckpt_path that Lightning resolves itself."""
 
 WINDOWING = ("max_length", "doc_stride")
@@ -89,11 +90,9 @@ class QuestionAnsweringCLI(LightningCLI):
         self.config = parser.parse_args(args)
         options = self.config[self.config.subcommand]
         path = options.get("ckpt_path")
-        if path and path not in CKPT_WORDS and "://" not in path:
-            if not Path(path).is_file():
-                raise UserError(f"There is no checkpoint '{path}'. Check --ckpt_path.")
+        if path and not LIGHTNINGS_OWN.match(str(path)):
             defaults = self._parser(self.config.subcommand).get_defaults()
-            follow_checkpoint(options, defaults, path)
+            follow_checkpoint(options, defaults, str(path))
         if options.data.tokenizer_name_or_path is None:
             options.data.tokenizer_name_or_path = options.model.model_name_or_path
 
@@ -122,7 +121,7 @@ def follow_checkpoint(options: Any, defaults: Any, path: str) -> None:
         defaults: Their defaults: an option that has its default counts as not given.
         path: The checkpoint.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
     saved = checkpoint.get(BertForQuestionAnsweringModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     data = checkpoint.get(SquadDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     known = {**saved, "model_name_or_path": checkpoint.get(ORIGIN_KEY)}

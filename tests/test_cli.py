@@ -118,7 +118,7 @@ REFUSED = {
     "fit --config quickstart --trainer.precision 7-true": "7-true",
     "fit --config quickstart --trainer.strategy nothing": "nothing",
     "fit --config quickstart --data.doc_stride 128": "doc_stride=128 does not fit",
-    "fit --config quickstart --model.lr_schedule wavy": "lr_schedule='wavy' is unknown",
+    "fit --config quickstart --model.lr_schedule wavy": "wavy",
     "fit --config quickstart --data.train_file nowhere.json": "nowhere.json: there is no such file",
     "fit": "No model is given",
     "validate --ckpt_path nowhere.ckpt": "There is no checkpoint 'nowhere.ckpt'",
@@ -138,9 +138,11 @@ def test_errors_of_values_are_one_line_and_exit_code_2(run, refused, command):
 
 def test_what_is_no_checkpoint_is_refused(run, refused, tmp_path):
     (tmp_path / "broken.ckpt").write_text("nothing")
-    assert "'broken.ckpt' is no checkpoint" in refused(
-        *shlex.split("ask --model broken.ckpt --question Q --context C")
-    )
+    for command in (
+        "ask --model broken.ckpt --question Q --context C",
+        "validate --config quickstart --ckpt_path broken.ckpt",
+    ):
+        assert "'broken.ckpt' is no checkpoint" in refused(*shlex.split(command))
 
 
 def test_validate_and_test_need_only_the_checkpoint(run, trained, quickstart):

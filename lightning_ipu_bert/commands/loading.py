@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_ipu_bert.data.answers import AnswerRules
 from lightning_ipu_bert.data.features import Windowing
 from lightning_ipu_bert.data.tokenizer import load_tokenizer
 from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.files import read_checkpoint
 from lightning_ipu_bert.model.question_answering import BertForQuestionAnsweringModule
 
 
@@ -45,14 +44,13 @@ def load_trained(name_or_path: str) -> TrainedModel:
 
 
 def _from_checkpoint(path: str) -> TrainedModel:
-    if not Path(path).is_file():
-        raise UserError(f"There is no checkpoint '{path}'. Check the path.")
+    read_checkpoint(path)  # refuses what is none, in one line
     try:
         module = BertForQuestionAnsweringModule.load_from_checkpoint(path, map_location="cpu")
-    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, KeyError) as error:
         raise UserError(
-            f"'{path}' is no checkpoint of this package: {str(error).splitlines()[0]} "
-            "Give a .ckpt that fit has written."
+            f"'{path}' is a checkpoint of another model: {str(error).splitlines()[0]} "
+            "Give one of BertForQuestionAnsweringModule."
         ) from error
     if module.tokenizer is None:
         raise UserError(

@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict
 
-import torch
 from transformers import AutoTokenizer
 
 from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.files import read_checkpoint
 
 CHECKPOINT_KEY = "tokenizer_files"
 """Where a checkpoint holds the files of its tokenizer: {name: text}."""
@@ -74,9 +74,7 @@ def tokenizer_from_files(files: Dict[str, str]) -> Any:
 
 
 def _from_checkpoint(path: str) -> Any:
-    if not Path(path).is_file():
-        raise UserError(f"There is no checkpoint '{path}'. Check the path.")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
     if not checkpoint.get(CHECKPOINT_KEY):
         raise UserError(
             f"Checkpoint '{path}' holds no tokenizer. Give one with --data.tokenizer_name_or_path."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, Literal, NamedTuple, Optional, Tuple, Union
 
 import lightning.pytorch as pl
 import torch
@@ -64,7 +64,7 @@ class BertForQuestionAnsweringModule(pl.LightningModule):
         config: Union[Dict[str, Any], BertConfig, None] = None,
         learning_rate: float = 5e-5,
         weight_decay: float = 0.01,
-        lr_schedule: str = "linear",
+        lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
         warmup_ratio: float = 0.0,
         warmup_steps: int = 0,
     ) -> None:
