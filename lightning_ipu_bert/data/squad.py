@@ -265,7 +265,7 @@ class SquadDataModule(pl.LightningDataModule):
         length = self.windowing.max_length if self.hparams["pad_to_max_length"] else None
         return ResumableDataLoader(
             features,
-            batch_size,
+            batch_size=batch_size,  # by name: Lightning makes loaders anew for `predict`
             sampler=sampler,
             num_workers=self.hparams["num_workers"],
             collate_fn=Collator(self.tokenizer.pad_token_id, length),

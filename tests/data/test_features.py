@@ -142,7 +142,7 @@ def test_the_span_is_the_smallest_that_covers_the_answer(case):
 def test_a_question_too_long_for_the_window_is_named(quickstart):
     tokenizer = AutoTokenizer.from_pretrained(str(quickstart / "tokenizer"))
     passage = "one two three four five six seven eight nine ten eleven twelve. " * 4
-    asked = [Question("short", "Who?", 0, ()), Question("long", "who " * 12, 0, ())]
+    asked = [Question("short", "Who?", 0, ()), Question("long", "who " * 14, 0, ())]
     with pytest.raises(UserError, match=r"Question 'long' \('who who .* Raise max_length"):
         build_dataset(QuestionSet([passage], asked), tokenizer, Windowing(32, 16))
 
