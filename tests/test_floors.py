@@ -11,7 +11,6 @@ PACKAGE = Path(lightning_ipu_bert.__file__).parent
 FLOORS = {
     "errors": 0,
     "files": 0,
-    "_compat": 0,
     "pipeline": 1,
     "data": 2,
     "model": 3,

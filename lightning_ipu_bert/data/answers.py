@@ -111,22 +111,16 @@ class Answers(NamedTuple):
 
     def n_best(self, question_set: QuestionSet) -> Dict[str, List[Dict[str, Any]]]:
         """Return each question's candidates under its id, with score, probability and place."""
-        bounds = np.append(np.unique(self.question, return_index=True)[1], len(self.question))
-        starts, ends = self.char_start.tolist(), self.char_end.tolist()
-        scores, probabilities = self.score.tolist(), self.probability.tolist()
+        firsts = np.unique(self.question, return_index=True)[1].tolist()
+        columns = [column.tolist() for column in self]
         result: Dict[str, List[Dict[str, Any]]] = {}
-        for first, behind in zip(bounds[:-1].tolist(), bounds[1:].tolist()):
-            question = question_set.questions[int(self.question[first])]
+        for part in (slice(*bounds) for bounds in zip(firsts, [*firsts[1:], len(self.question)])):
+            asked, starts, ends, scores, probabilities = (column[part] for column in columns)
+            question = question_set.questions[asked[0]]
             passage = question_set.passage_of(question)
             result[question.id] = [
-                {
-                    "text": passage[starts[c] : ends[c]],
-                    "score": scores[c],
-                    "probability": probabilities[c],
-                    "start": starts[c],
-                    "end": ends[c],
-                }
-                for c in range(first, behind)
+                {"text": passage[a:b], "score": score, "probability": p, "start": a, "end": b}
+                for a, b, score, p in zip(starts, ends, scores, probabilities)
             ]
         return result
 
@@ -199,8 +193,8 @@ def _window_candidates(logits: Logits, windows: Windows, rules: AnswerRules) -> 
     end_score, end = _top(np.where(in_passage, logits.ends, -np.inf), rules.n_best)
 
     score = start_score[:, :, None] + end_score[:, None, :]  # [F, K, K]
-    length = end[:, None, :] - start[:, :, None] + 1
-    score[(length < 1) | (length > rules.max_answer_length)] = -np.inf
+    length = end[:, None, :] - start[:, :, None]  # less one
+    score[(length < 0) | (length >= rules.max_answer_length)] = -np.inf
     score, pair = _top(score.reshape(len(rows), -1), rules.n_best)  # [F, n_best]
 
     window, column = np.nonzero(np.isfinite(score))

@@ -11,11 +11,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_ipu_bert._compat import all_gather_objects
 from lightning_ipu_bert.data.answers import join_logits
 from lightning_ipu_bert.data.squad import SquadDataModule
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.files import written_atomically
+from lightning_ipu_bert.model.gather import all_gather_objects
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForQuestionAnswering
 
-from lightning_ipu_bert._compat import all_gather_objects
 from lightning_ipu_bert.data.squad import SquadDataModule
 from lightning_ipu_bert.data.tokenizer import (
     CHECKPOINT_KEY,
@@ -21,6 +20,7 @@ from lightning_ipu_bert.data.tokenizer import (
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.model.architecture import architecture_of, build_network
 from lightning_ipu_bert.model.checkpoint import AtomicCheckpointIO, RandomStates
+from lightning_ipu_bert.model.gather import all_gather_objects
 from lightning_ipu_bert.model.optimizer import (
     LR_SCHEDULES,
     decay_groups,

@@ -6,6 +6,9 @@ import torch
 from model_helpers import Losses, make_trainer
 
 from lightning_ipu_bert import BertForQuestionAnsweringModule
+from lightning_ipu_bert.commands.ask import answer_questions
+from lightning_ipu_bert.commands.export import export
+from lightning_ipu_bert.commands.loading import load_trained
 from lightning_ipu_bert.model.checkpoint import AtomicCheckpointIO
 
 STEPS_PER_EPOCH = 6
@@ -92,6 +95,9 @@ def test_a_checkpoint_is_complete_and_plain(make_module, make_data, tmp_path, qu
     assert loaded.scores == module.scores
     assert set(loaded.scores) == {"val/exact_match", "val/f1"}
 
+    trained = load_trained(str(tmp_path / "one.ckpt"))
+    assert answer_questions(trained, [text], "Nedyn Company was founded by Rona Vosen.")
+    assert (export(str(tmp_path / "one.ckpt"), str(tmp_path / "out")) / "config.json").exists()
     again = make_trainer(tmp_path, limit_val_batches=2)
     scores = again.validate(loaded, datamodule=make_data(), verbose=False)[0]
     assert scores["val/f1"] == pytest.approx(module.scores["val/f1"])

@@ -1,4 +1,4 @@
-"""The few differences between the supported stacks, each with the version where it ends."""
+"""What several processes know, brought together."""
 
 from __future__ import annotations
 
