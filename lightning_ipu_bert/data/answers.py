@@ -9,6 +9,7 @@ Letters in shapes: F windows, S sequence length, K starts (ends) tried in a wind
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any, Dict, Iterable, List, NamedTuple, Tuple
 
 import numpy as np
@@ -111,16 +112,15 @@ class Answers(NamedTuple):
 
     def n_best(self, question_set: QuestionSet) -> Dict[str, List[Dict[str, Any]]]:
         """Return each question's candidates under its id, with score, probability and place."""
-        firsts = np.unique(self.question, return_index=True)[1].tolist()
-        columns = [column.tolist() for column in self]
+        firsts, counts = np.unique(self.question, return_index=True, return_counts=True)[1:]
+        rows = zip(*(column.tolist() for column in self[1:]))
         result: Dict[str, List[Dict[str, Any]]] = {}
-        for part in (slice(*bounds) for bounds in zip(firsts, [*firsts[1:], len(self.question)])):
-            asked, starts, ends, scores, probabilities = (column[part] for column in columns)
-            question = question_set.questions[asked[0]]
+        for asked, count in zip(self.question[firsts].tolist(), counts.tolist()):
+            question = question_set.questions[asked]
             passage = question_set.passage_of(question)
             result[question.id] = [
                 {"text": passage[a:b], "score": score, "probability": p, "start": a, "end": b}
-                for a, b, score, p in zip(starts, ends, scores, probabilities)
+                for a, b, score, p in islice(rows, count)
             ]
         return result
 
@@ -194,18 +194,21 @@ def _window_candidates(logits: Logits, windows: Windows, rules: AnswerRules) -> 
 
     score = start_score[:, :, None] + end_score[:, None, :]  # [F, K, K]
     length = end[:, None, :] - start[:, :, None]  # less one
-    score[(length < 0) | (length >= rules.max_answer_length)] = -np.inf
-    score, pair = _top(score.reshape(len(rows), -1), rules.n_best)  # [F, n_best]
+    allowed = (length >= 0) & (length < rules.max_answer_length)
+    score = np.where(allowed, score, -np.inf).reshape(len(rows), -1)
+    # Each window's best in any order, ties included; `_rank` sorts and cuts.
+    kept = min(rules.n_best, score.shape[1])
+    limit = np.partition(score, -kept, axis=1)[:, -kept, None]
+    chosen = np.flatnonzero(score >= np.maximum(limit, np.finfo(np.float32).min))
+    window, pair = np.divmod(chosen, score.shape[1])
 
-    window, column = np.nonzero(np.isfinite(score))
-    pair = pair[window, column]
-    token = windows.firsts[rows[window]] - windows.context_start[rows[window]]
+    token = (windows.firsts - windows.context_start)[rows[window]]
     tried = end.shape[1]
     return _Candidates(
         windows.question[rows[window]],
         windows.char_starts[token + start[window, pair // tried]],
         windows.char_ends[token + end[window, pair % tried]],
-        score[window, column],
+        score[window, pair],
     )
 
 
@@ -213,7 +216,7 @@ def _top(values: npt.NDArray[Any], count: int) -> Tuple[FloatArray, IntArray]:
     """Return the `count` largest numbers of each row, largest first, and where they stand."""
     array = torch.from_numpy(np.ascontiguousarray(values, np.float32))
     top = torch.topk(array, min(count, array.shape[1]), dim=1)
-    return top.values.numpy(), top.indices.numpy()
+    return top.values.numpy(), top.indices.numpy().astype(np.int16)
 
 
 def _empty_answers(logits: Logits, windows: Windows) -> _Candidates:
@@ -226,20 +229,33 @@ def _empty_answers(logits: Logits, windows: Windows) -> _Candidates:
     return _Candidates(asked, nowhere, nowhere, null)
 
 
+def _sort_key(question: IntArray, worth: FloatArray) -> IntArray:
+    """Return one integer that orders by question, then by falling worth.
+
+    The same as `np.lexsort((-worth, question))`, in a tenth of the time: candidates come almost in
+    order, and a stable sort makes use of that, but only if the first key is not the random one.
+    """
+    bits = (-worth).view(np.int32)  # IEEE 754: ordered as integers, the negative ones backwards
+    return (question << 32) + (bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
 def _rank(candidates: _Candidates, rules: AnswerRules) -> Answers:
+    """Sort every question's candidates, cut them to `n_best`, and give them probabilities."""
     empty = candidates.char_start == candidates.char_end
     # Without version_2 the empty answer is the last resort, where no span is allowed at all.
-    handicap = rules.null_score_threshold if rules.version_2 else np.inf
-    order = np.lexsort((-(candidates.score - np.where(empty, handicap, 0)), candidates.question))
+    handicap = np.float32(rules.null_score_threshold if rules.version_2 else np.inf)
+    worth = candidates.score - np.where(empty, handicap, 0)
+    order = np.argsort(_sort_key(candidates.question, worth), kind="stable")
     candidates, empty = candidates.take(order), empty[order]
-    firsts, group, counts = np.unique(
-        candidates.question, return_index=True, return_inverse=True, return_counts=True
-    )[1:]
+    firsts, counts = np.unique(candidates.question, return_index=True, return_counts=True)[1:]
     rank = np.arange(len(empty)) - np.repeat(firsts, counts)
     kept = np.where(empty, rules.version_2 | (rank == 0), rank < rules.n_best)
+    candidates = candidates.take(kept)
 
-    score = np.where(kept, candidates.score, -np.inf)
-    if len(score):
-        weight = np.exp(score - np.maximum.reduceat(score, firsts)[group])
-        score = weight / np.add.reduceat(weight, firsts)[group]
-    return Answers(*candidates.take(kept), score[kept].astype(np.float32))
+    if not len(candidates.score):
+        return Answers(*candidates, candidates.score)
+    firsts, counts = np.unique(candidates.question, return_index=True, return_counts=True)[1:]
+    best = np.maximum.reduceat(candidates.score, firsts)
+    weight = np.exp(candidates.score - np.repeat(best, counts))
+    total = np.add.reduceat(weight, firsts)
+    return Answers(*candidates, weight / np.repeat(total, counts))

@@ -14,7 +14,7 @@ from lightning_ipu_bert.data.questions import Question, QuestionSet
 from lightning_ipu_bert.data.readers import Rules, read_files
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from bench_answers import imitated_logits, usual_loop, with_offset_mapping
+from bench_answers import imitated_logits, passage_logits, usual_loop, with_offset_mapping
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_answers_equal_the_usual_loop(split):
     logits, rules = imitated_logits(features), AnswerRules()
     answers = decode(logits, Windows.of(features), rules)
     rows = [with_offset_mapping(row) for row in features]
-    texts, n_best = usual_loop(question_set, rows, logits, rules)
+    texts, n_best = usual_loop(question_set, rows, passage_logits(rows, logits), rules)
     assert len(features) > 1.5 * len(question_set.questions)
     assert answers.texts(question_set) == texts
     ours = answers.n_best(question_set)
@@ -51,7 +51,7 @@ def test_real_questions_are_answered_as_by_the_usual_loop(squad_dir, bert_dir):
     texts = decode(logits, Windows.of(features), rules).texts(question_set)
     rows = [with_offset_mapping(row) for row in features]
     assert len(texts) == 1199
-    assert texts == usual_loop(question_set, rows, logits, rules)[0]
+    assert texts == usual_loop(question_set, rows, passage_logits(rows, logits), rules)[0]
 
 
 PASSAGE = "aa bb cc dd ee ff"
