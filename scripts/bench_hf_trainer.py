@@ -203,6 +203,8 @@ def full(options: argparse.Namespace) -> None:
         begin = time.perf_counter()
         result = trainer.train()
         seconds = time.perf_counter() - begin
+        # Or the Trainer would group the predictions by length, too, and give them in that order.
+        trainer.args.train_sampling_strategy = "random"
         inputs = validation.select_columns(["input_ids", "token_type_ids"])
         starts, ends = trainer.predict(inputs).predictions[:2]
     logits = join_logits([(range(len(validation)), starts, ends)])
