@@ -1,0 +1,1 @@
+"""Strategies: who runs the stages, and how Lightning sees it."""
