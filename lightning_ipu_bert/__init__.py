@@ -3,7 +3,18 @@
 from lightning_ipu_bert.data.squad import SquadDataModule
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.model.question_answering import BertForQuestionAnsweringModule
+from lightning_ipu_bert.pipeline.interface import PipelineModule
+from lightning_ipu_bert.strategies import PipelineParallelStrategy, register_strategies
 
 __version__ = "0.1.0"
 
-__all__ = ["BertForQuestionAnsweringModule", "SquadDataModule", "UserError", "__version__"]
+__all__ = [
+    "BertForQuestionAnsweringModule",
+    "PipelineModule",
+    "PipelineParallelStrategy",
+    "SquadDataModule",
+    "UserError",
+    "__version__",
+]
+
+register_strategies()

@@ -90,7 +90,8 @@ class SquadDataModule(pl.LightningDataModule):
                 command line it follows the model.
             max_length: Tokens in a feature: question, window of the passage, special tokens.
             doc_stride: Passage tokens that two neighbouring windows share.
-            micro_batch_size: Features in a training batch on one device.
+            micro_batch_size: Features in a training batch on one device; on a pipeline, in each
+                of the strategy's gradient_accumulation_steps micro-batches.
             eval_micro_batch_size: Features in a batch of validation, test and predict.
             num_workers: Processes that prepare batches; 0 prepares them in the main process.
             group_by_length: Put features of alike length into one training batch: less padding.
@@ -180,18 +181,19 @@ class SquadDataModule(pl.LightningDataModule):
                 self.split(name)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return batches of `micro_batch_size` features in the order of `TrainingSampler`."""
+        """Return batches of micro-batches of features, in the order of `TrainingSampler`."""
         features = self.split("train").features
         rows = features.data.column("input_ids").combine_chunks()
         share = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        batch_size = self.hparams["micro_batch_size"] * self._micro_batches
         sampler = TrainingSampler(
             rows.value_lengths().to_pylist(),
-            self.hparams["micro_batch_size"],
+            batch_size,
             self.hparams["group_by_length"],
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # set by seed_everything
             **(share or {}),
         )
-        loader = self._loader(features, self.hparams["micro_batch_size"], sampler)
+        loader = self._loader(features, batch_size, sampler)
         if self._resume_from:
             loader.load_state_dict(self._resume_from)
         return loader
@@ -236,6 +238,12 @@ class SquadDataModule(pl.LightningDataModule):
         return squad_scores(question_set, self.answers(split, parts).texts(question_set))
 
     @property
+    def _micro_batches(self) -> int:
+        """Micro-batches in a batch: above 1 under strategies that accumulate by themselves."""
+        strategy = self.trainer.strategy if self.trainer else None
+        return int(getattr(strategy, "gradient_accumulation_steps", 1))
+
+    @property
     def _cache_dir(self) -> Path:
         return Path(self.hparams["cache_dir"] or default_cache_dir())
 
@@ -275,4 +283,5 @@ class SquadDataModule(pl.LightningDataModule):
         )
 
     def _eval_loader(self, split: str) -> DataLoader[Any]:
-        return self._loader(self.split(split).features, self.hparams["eval_micro_batch_size"])
+        batch_size = self.hparams["eval_micro_batch_size"] * self._micro_batches
+        return self._loader(self.split(split).features, batch_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Literal, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, Literal, Mapping, Optional, Sequence, Tuple, Union
 
 import lightning.pytorch as pl
 import torch
@@ -28,35 +28,29 @@ from lightning_ipu_bert.model.optimizer import (
     warmup_steps,
 )
 from lightning_ipu_bert.model.report import TrainingReport
+from lightning_ipu_bert.model.stages import LABELS, SpanLogits, bert_blocks, run_blocks
+from lightning_ipu_bert.pipeline.interface import PipelineModule
 
 Batch = Dict[str, Tensor]
 BatchLogits = Tuple[Tensor, Tensor, Tensor]
 """``feature`` [B], start logits [B, S] and end logits [B, S], on the CPU."""
 
 
-class SpanLogits(NamedTuple):
-    """Scores of every token, before the softmax over a window."""
-
-    start_logits: Tensor
-    """[B, S]: as the first token of the answer."""
-    end_logits: Tensor
-    """[B, S]: as its last token."""
-
-
-NETWORK_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 SCORES_KEY = "scores"
 """Where a checkpoint holds the scores measured with just its weights."""
 ORIGIN_KEY = "trained_from"
 """Where a checkpoint names the model that training began with."""
 
 
-class BertForQuestionAnsweringModule(pl.LightningModule):
+class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
     """BERT with a span head: fine-tuned, evaluated by exact match and F1, and asked for answers.
 
     The parameters are named as in Hugging Face's `BertForQuestionAnswering` (``bert...`` and
     ``qa_outputs...``), in this module and in its checkpoints. A checkpoint holds the architecture
     and the tokenizer too, and needs no other file.
     """
+
+    block_labels = LABELS
 
     def __init__(
         self,
@@ -114,8 +108,24 @@ class BertForQuestionAnsweringModule(pl.LightningModule):
             attention_mask: [B, S], 1 for tokens and 0 for padding.
             token_type_ids: [B, S], 0 for the question and 1 for the passage.
         """
-        hidden = self.bert(input_ids, attention_mask, token_type_ids)[0]  # [B, S, D]
-        return SpanLogits(*self.qa_outputs(hidden).unbind(-1))  # [B, S, 2] -> 2 x [B, S]
+        given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        batch = {name: value for name, value in given.items() if value is not None}
+        logits: SpanLogits = self.stage_forward(
+            self.pipeline_blocks(), None, {"input_ids": input_ids, **batch}
+        )
+        return logits
+
+    def pipeline_blocks(self) -> List[str]:
+        """Return embeddings, layers and head; see `PipelineModule`."""
+        return bert_blocks(self.bert_config)
+
+    def stage_forward(self, blocks: Sequence[str], hidden: Any, batch: Mapping[str, Tensor]) -> Any:
+        """Run some blocks; see `run_blocks`."""
+        return run_blocks(self, self.bert_config, blocks, hidden, batch)
+
+    def pipeline_loss(self, output: SpanLogits, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of a micro-batch; see `span_loss`."""
+        return span_loss(output, batch)
 
     def to_huggingface(self) -> BertForQuestionAnswering:
         """Return Hugging Face's model with a copy of the weights."""
@@ -128,7 +138,7 @@ class BertForQuestionAnsweringModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
-        loss = span_loss(self._run(batch), batch)
+        loss: Tensor = self.run_loss(batch)
         self.log("train/loss", loss, prog_bar=True)
         schedule: Any = self.lr_schedulers()
         self.log("lr", schedule.get_last_lr()[0], prog_bar=True)
@@ -144,14 +154,10 @@ class BertForQuestionAnsweringModule(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> BatchLogits:
         """Return feature indices and logits; `PredictionWriter` turns them into answers."""
-        return _on_host(batch, self._run(batch))
-
-    def _run(self, batch: Batch) -> SpanLogits:
-        logits: SpanLogits = self(**{name: batch[name] for name in NETWORK_INPUTS})
-        return logits
+        return _on_host(batch, self.run_output(batch))
 
     def _evaluation_step(self, batch: Batch, prefix: str) -> None:
-        logits = self._run(batch)
+        logits = self.run_output(batch)
         loss, examples = span_loss(logits, batch), len(batch["input_ids"])
         self.log(f"{prefix}/loss", loss, prog_bar=True, batch_size=examples, sync_dist=True)
         self._logits.append(_on_host(batch, logits))
@@ -248,7 +254,7 @@ class BertForQuestionAnsweringModule(pl.LightningModule):
             )
 
 
-def span_loss(logits: SpanLogits, batch: Batch) -> Tensor:
+def span_loss(logits: SpanLogits, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the mean cross-entropy of start and end over the batch.
 
     Args:

@@ -110,6 +110,11 @@ class PipelineParallelStrategy(ParallelStrategy):
         return self._config
 
     @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches in a batch of a loader."""
+        return self.config.gradient_accumulation_steps
+
+    @property
     def is_distributed(self) -> bool:
         """Lightning gives loaders a distributed sampler only to strategies that say so."""
         return True

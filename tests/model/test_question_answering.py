@@ -8,7 +8,8 @@ from transformers import BertConfig, BertForQuestionAnswering, Trainer
 from lightning_ipu_bert import BertForQuestionAnsweringModule, UserError
 from lightning_ipu_bert.data.loaders import Collator
 from lightning_ipu_bert.model.optimizer import decay_groups, learning_rate_schedule
-from lightning_ipu_bert.model.question_answering import NETWORK_INPUTS, span_loss
+from lightning_ipu_bert.model.question_answering import span_loss
+from lightning_ipu_bert.model.stages import NETWORK_INPUTS
 
 
 @pytest.fixture

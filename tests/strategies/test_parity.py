@@ -1,0 +1,220 @@
+"""A pipeline computes what one plain process computes, to the last digits of float32.
+
+Three updates on the same data in the same order, without dropout, by SGD: AdamW would turn the
+rounding noise of gradients that are mathematically zero (the bias of attention keys, of the head of
+a span softmax, of the last LayerNorm before it) into full steps.
+"""
+
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from language_model import LanguageModel, Sentences
+from ranks import run_ranks
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_ipu_bert import BertForQuestionAnsweringModule, PipelineParallelStrategy
+from lightning_ipu_bert.pipeline.config import PipelineConfig
+
+UPDATES, GLOBAL_BATCH = 3, 16
+CENTRE = {
+    "layers_per_stage": [3, 3],
+    "replication_factor": 2,
+    "gradient_accumulation_steps": 4,
+    "schedule": "1f1b",
+}
+LOOPED = {"layers_per_stage": [2, 1, 2, 1], "stages_per_rank": 2}
+ONE_AT_A_TIME = {
+    "centre": {},
+    "1x1": {"layers_per_stage": [6], "replication_factor": 1},
+    "2x1": {"replication_factor": 1},
+    "1x2": {"layers_per_stage": [6]},
+    "4x1": {"layers_per_stage": [1, 2, 2, 1], "replication_factor": 1},
+    "3x1 uneven": {"layers_per_stage": [1, 2, 3], "replication_factor": 1},
+    "gpipe": {"schedule": "gpipe"},
+    "interleaved": {"schedule": "interleaved_1f1b", **LOOPED},
+    "zero_bubble": {"schedule": "zero_bubble"},
+    "zero_bubble looped": {"schedule": "zero_bubble", **LOOPED},
+    "RTS": {"replicated_tensor_sharding": True},
+    "recomputation": {"recompute_checkpoint_every_layer": True},
+    "accumulation 1": {"gradient_accumulation_steps": 1, "schedule": "gpipe"},
+    "accumulation 8": {"gradient_accumulation_steps": 8},
+    "clipping": {"clip": 0.05},
+    "offchip": {"optimizer_state_offchip": True},
+}
+PAIRS = {
+    "RTS, clipping, 1x2": {
+        "replicated_tensor_sharding": True,
+        "clip": 0.05,
+        "layers_per_stage": [6],
+    },
+    "RTS, gpipe, recomputation": {
+        "replicated_tensor_sharding": True,
+        "schedule": "gpipe",
+        "recompute_checkpoint_every_layer": True,
+    },
+    "RTS, interleaved, accumulation 8, offchip": {
+        "replicated_tensor_sharding": True,
+        "schedule": "interleaved_1f1b",
+        "gradient_accumulation_steps": 8,
+        "optimizer_state_offchip": True,
+        **LOOPED,
+    },
+    "zero_bubble, recomputation, clipping": {
+        "schedule": "zero_bubble",
+        "recompute_checkpoint_every_layer": True,
+        "clip": 0.05,
+    },
+    "3x1 uneven, clipping, accumulation 8": {
+        "layers_per_stage": [1, 2, 3],
+        "replication_factor": 1,
+        "clip": 0.05,
+        "gradient_accumulation_steps": 8,
+    },
+    "gpipe, 4x1, accumulation 1": {
+        "schedule": "gpipe",
+        "layers_per_stage": [2, 1, 1, 2],
+        "replication_factor": 1,
+        "gradient_accumulation_steps": 1,
+    },
+}
+
+
+class Recorder(pl.Callback):
+    """Keeps every loss, and the last gradients before clipping."""
+
+    def __init__(self):
+        self.losses, self.gradients = [], {}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients = {
+            name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None
+        }
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *args):
+        self.losses.append(float(outputs["loss"]))
+
+
+class PlainBert(BertForQuestionAnsweringModule):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer)]
+
+
+def span_batches(count):
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(1, 50, (count, 12), generator=generator)
+    lengths = torch.randint(6, 13, (count, 1), generator=generator)
+    positions = torch.randint(0, 6, (count, 2), generator=generator)
+    mask = (torch.arange(12) < lengths).long()
+    return [
+        {
+            "input_ids": tokens[i],
+            "attention_mask": mask[i],
+            "token_type_ids": (torch.arange(12) > 4).long(),
+            "start_positions": positions[i, 0],
+            "end_positions": positions[i, 1],
+            "feature": torch.tensor(i),
+        }
+        for i in range(count)
+    ]
+
+
+def make_model(kind):
+    torch.manual_seed(3)
+    if kind == "language model":
+        return LanguageModel(), Sentences(UPDATES * GLOBAL_BATCH)
+    config = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 16,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return PlainBert(config=config), span_batches(UPDATES * GLOBAL_BATCH)
+
+
+def train(kind, plan, clip, folder):
+    """Train in this process, as one of the plan's ranks if there is a plan."""
+    warnings.simplefilter("ignore")
+    module, examples = make_model(kind)
+    strategy = PipelineParallelStrategy(**plan) if plan else "auto"
+    config = PipelineConfig(**plan) if plan else PipelineConfig([6])
+    recorder = Recorder()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=config.world_size,
+        strategy=strategy,
+        max_epochs=1,
+        callbacks=[recorder],
+        gradient_clip_val=clip,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(folder),
+    )
+    replicas = config.replication_factor
+    rank = strategy.replica if plan else 0
+    sampler = DistributedSampler(examples, replicas, rank, shuffle=False)
+    trainer.fit(module, DataLoader(examples, GLOBAL_BATCH // replicas, sampler=sampler))
+    weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+    return recorder.losses, recorder.gradients, weights
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """Plain runs, each done once."""
+    done = {}
+
+    def reference(kind, clip):
+        if (kind, clip) not in done:
+            done[kind, clip] = train(kind, None, clip, tmp_path_factory.mktemp("plain"))
+        return done[kind, clip]
+
+    return reference
+
+
+ZERO = ("key.bias", "qa_outputs.bias", "layer.5.output.LayerNorm.bias")
+"""Gradients of BERT that are mathematically zero; what is computed is rounding noise."""
+
+
+def assert_equal(kind, values, truths):
+    """Within 1e-5 of the norm of each tensor; noise is only as small as in the plain run."""
+    for name, value in values.items():
+        difference = (value - truths[name]).norm()
+        if kind == "bert" and name.endswith(ZERO):
+            assert difference < 1e-7, name
+        else:
+            assert difference <= 1e-5 * truths[name].norm(), name
+
+
+@pytest.mark.parametrize("kind", ["bert", "language model"])
+@pytest.mark.parametrize("case", [*ONE_AT_A_TIME, *PAIRS])
+def test_losses_gradients_and_weights_equal_one_process(kind, case, references, tmp_path):
+    changes = {**ONE_AT_A_TIME, **PAIRS}[case]
+    plan = {**CENTRE, **changes}
+    clip = plan.pop("clip", None)
+    losses, gradients, weights = references(kind, clip)
+    config = PipelineConfig(**plan)
+    results = run_ranks(config.world_size, train, kind, plan, clip, tmp_path)
+
+    per_replica = [results[i :: config.ranks_per_replica] for i in range(config.ranks_per_replica)]
+    of_replicas = torch.tensor([run[0] for run in per_replica[0]])
+    assert of_replicas.mean(0).tolist() == pytest.approx(losses, rel=1e-5)
+    seen = {}
+    for rank, (rank_losses, rank_gradients, rank_weights) in enumerate(results):
+        replica = rank // config.ranks_per_replica
+        assert rank_losses == of_replicas[replica].tolist()  # every rank of a replica knows them
+        assert_equal(kind, rank_gradients, gradients)
+        for name in rank_gradients:
+            seen.setdefault(name, []).append(replica)
+        # Afterwards every rank has the whole trained model.
+        assert list(rank_weights) == list(weights)
+        assert_equal(kind, rank_weights, weights)
+    assert seen.keys() == gradients.keys()
+    assert all(r == list(range(config.replication_factor)) for r in seen.values())
