@@ -66,8 +66,9 @@ def make_data(quickstart, cache_dir):
 def make_module(quickstart):
     """Make modules of a tiny BERT with random weights."""
 
-    def make(dropout=0.1, **changes):
+    def make(dropout=0.1, config_changes=(), **changes):
         config = {**TINY, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        config.update(config_changes)
         return BertForQuestionAnsweringModule(config=config, **changes)
 
     return make

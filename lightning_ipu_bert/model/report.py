@@ -33,12 +33,11 @@ class TrainingReport(Callback):
         self._recent: Deque[Tuple[float, int, Tensor]] = deque(maxlen=WINDOW)
         self._seconds, self._examples, self._batches = 0.0, 0, 0
         self._loss = torch.zeros((), dtype=torch.float64)
-        self._first_step = trainer.global_step
         self._best: Dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of the first batch."""
-        self._mark = time.perf_counter()
+        """Start the clock of the first batch; a resumed run knows its step only now."""
+        self._mark, self._first_step = time.perf_counter(), trainer.global_step
 
     def on_train_batch_end(
         self,

@@ -10,7 +10,7 @@ Source: Rajbhandari et al., ZeRO (arXiv:1910.02054), stage 1; Graphcore calls it
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Iterator, List, Tuple
 
 import torch
 import torch.distributed as dist
@@ -118,40 +118,3 @@ class OptimizerShards:
             return parameter
         flat = parameter.detach().view(-1)[self.bounds(parameter, self.replica)]
         return nn.Parameter(flat.cpu() if self.offchip else flat, parameter.requires_grad)
-
-
-def split_state(state: Dict[str, Any], shards: OptimizerShards) -> Dict[str, Any]:
-    """Return the part of a whole optimizer state that belongs to this replica's slices."""
-    whole = [p for parameters in shards.whole for p in parameters]
-    parts = {
-        index: {
-            key: value.reshape(-1)[shards.bounds(whole[index], shards.replica)]
-            if _has_shape_of(value, whole[index])
-            else value
-            for key, value in entries.items()
-        }
-        for index, entries in state["state"].items()
-    }
-    return {**state, "state": parts}
-
-
-def join_states(states: List[Dict[int, Any]], shapes: List[torch.Size]) -> Dict[int, Any]:
-    """Put the replicas' states together.
-
-    Args:
-        states: The entries of each replica, by index of the parameter.
-        shapes: Shapes of all parameters.
-    """
-    return {
-        index: {
-            key: torch.cat([state[index][key].reshape(-1) for state in states]).view(shapes[index])
-            if isinstance(value, Tensor) and value.dim()
-            else value
-            for key, value in entries.items()
-        }
-        for index, entries in states[0].items()
-    }
-
-
-def _has_shape_of(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == parameter.shape
