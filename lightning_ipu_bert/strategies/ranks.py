@@ -11,7 +11,6 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
-    _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
@@ -168,10 +167,20 @@ class PipelineRanks(ParallelStrategy):
     def reduce(
         self, tensor: Any, group: Optional[Any] = None, reduce_op: Optional[Any] = "mean"
     ) -> Any:
-        """Combine the values of replicas; the ranks of a replica have the same."""
-        if not isinstance(tensor, Tensor):
+        """Combine the values of replicas; the ranks of a replica have the same.
+
+        A mean of counts is not cut to a whole number, as by Lightning's function: replicas may have
+        evaluated different numbers of examples.
+        """
+        group = group or self._replica_group
+        if not isinstance(tensor, Tensor) or group is None:
             return tensor
-        return _sync_ddp_if_available(tensor, group or self._replica_group, reduce_op)
+        name = str(reduce_op).rpartition(".")[2].upper()  # "mean", ReduceOp.SUM, ...
+        mean = name in ("MEAN", "AVG")
+        operation = getattr(dist.ReduceOp, "SUM" if mean else name)
+        result = tensor.float() if mean and not tensor.is_floating_point() else tensor.clone()
+        dist.all_reduce(result, operation, group=group)
+        return result / dist.get_world_size(group) if mean else result
 
     def all_gather(
         self, tensor: Tensor, group: Optional[Any] = None, sync_grads: bool = False
