@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -19,6 +19,9 @@ from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.files import read_checkpoint
 from lightning_ipu_bert.model.predictions import PredictionWriter
 from lightning_ipu_bert.model.question_answering import ORIGIN_KEY, BertForQuestionAnsweringModule
+
+# Descriptions of dataclass fields stand below them, and belong into --help.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 COMMANDS: Dict[str, Callable[[Sequence[str]], None]] = {"ask": ask.main, "export": export.main}
 """The verbs that need no Trainer."""

@@ -46,7 +46,6 @@ class PipelineParallelStrategy(PipelineRanks):
     """
 
     _executor: Optional[TorchPipelineExecutor] = None
-    _failed = False
 
     # --- model ------------------------------------------------------------------------------------
 

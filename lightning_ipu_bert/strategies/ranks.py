@@ -19,9 +19,11 @@ from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.config import PipelineConfig
+from lightning_ipu_bert.strategies import watch
 from lightning_ipu_bert.strategies.checks import check_devices
-from lightning_ipu_bert.strategies.launcher import create_launcher
+from lightning_ipu_bert.strategies.launcher import NotebookLauncher, ScriptLauncher
 
 
 class PipelineRanks(ParallelStrategy):
@@ -29,6 +31,8 @@ class PipelineRanks(ParallelStrategy):
 
     rank = replica x ranks per replica + position. The ranks of a replica read the same data.
     """
+
+    _failed = False
 
     def __init__(
         self,
@@ -127,7 +131,18 @@ class PipelineRanks(ParallelStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         check_devices(self.config, self.num_processes, self.num_nodes)
-        self._launcher = create_launcher(self, self._start_method)
+        if self._start_method == "popen":
+            self._launcher = ScriptLauncher(self)
+        else:
+            self._launcher = NotebookLauncher(self, start_method=self._start_method)
+
+    def fail(self, exception: BaseException) -> None:
+        """Note that the job has failed, and say so if it was here: other ranks may be gone."""
+        self._failed = True
+        if not isinstance(exception, (UserError, SystemExit)):
+            step = getattr(getattr(self.lightning_module, "_trainer", None), "global_step", 0)
+            stages = ", ".join(map(str, self.config.stages_of(self.position)))
+            watch.report(self.global_rank, f"in step {step} (stage {stages})", exception)
 
     def setup_environment(self) -> None:
         """Join the other ranks."""

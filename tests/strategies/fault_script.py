@@ -1,0 +1,77 @@
+"""A run whose ranks may come to harm: python fault_script.py FOLDER HARM RANK [CKPT_PATH].
+
+HARM is none, kill, memory or save (a kill in the middle of a save), in the step HARM_STEP.
+"""
+
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from language_model import LanguageModel, Sentences
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_ipu_bert import PipelineParallelStrategy
+from lightning_ipu_bert.model.checkpoint import AtomicCheckpointIO
+
+HARM_STEP = 4
+
+
+def harm(kind):
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "memory":
+        raise MemoryError("no memory is left in this stage")
+
+
+class Fragile(LanguageModel):
+    def stage_forward(self, blocks, hidden, batch):
+        if self.training and self.trainer.global_step == HARM_STEP and here(self.trainer):
+            harm(sys.argv[2])
+        return super().stage_forward(blocks, hidden, batch)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.trainer.is_global_zero:
+            print(f"loss {self.trainer.global_step} {float(outputs['loss']):.9f}", flush=True)
+
+
+class FragileIO(AtomicCheckpointIO):
+    """Is killed when half of a checkpoint is written."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        if sys.argv[2] == "save" and checkpoint["global_step"] == HARM_STEP:
+            torch.save = lambda _, file: (Path(file).write_bytes(b"half"), harm("kill"))
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+def here(trainer):
+    return trainer.global_rank == int(sys.argv[3])
+
+
+def main(folder, ckpt_path=None):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    pl.seed_everything(8, verbose=False)
+    strategy = PipelineParallelStrategy(
+        layers_per_stage=[3, 3], gradient_accumulation_steps=4, checkpoint_io=FragileIO()
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        max_epochs=4,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[pl.callbacks.ModelCheckpoint(folder, save_last=True, filename="best")],
+    )
+    examples = Sentences(16)
+    sampler = DistributedSampler(examples, 1, 0, shuffle=False)
+    trainer.fit(Fragile(), DataLoader(examples, 8, sampler=sampler), ckpt_path=ckpt_path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *sys.argv[4:])
