@@ -1,3 +1,5 @@
+import asyncio
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -225,6 +227,19 @@ def test_fit_twice_validate_after_fit_and_test(make_module, make_data, tmp_path)
     assert trainer.global_step == 4
     tested = make_data(test_file=data.files["validation"])
     assert "test/f1" in trainer.test(module, datamodule=tested)[0]
+
+
+def test_it_runs_inside_a_running_event_loop_as_in_a_notebook_cell(
+    make_module, make_data, tmp_path
+):
+    module, data = make_module(), make_data()
+
+    async def cell():
+        trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=1)
+        trainer.fit(module, data)
+        return trainer.validate(module, data, verbose=False)
+
+    assert "val/f1" in asyncio.run(cell())[0]
 
 
 def test_somebody_elses_loaders_log_the_loss_alone(make_module, make_data, tmp_path):

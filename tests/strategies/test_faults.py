@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("fault_script.py")
 
 
 def start(folder, harm, rank, *ckpt_path):
-    """Run the script to its end; return exit code, seconds, what it printed, and left-over ranks."""
+    """Run the script; return exit code, seconds, what it printed, and the ranks that are left."""
     begin = time.monotonic()
     command = [sys.executable, str(SCRIPT), str(folder), harm, str(rank), *map(str, ckpt_path)]
     environment = {**os.environ, "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
