@@ -186,16 +186,17 @@ class _Candidates(NamedTuple):
 def _window_candidates(logits: Logits, windows: Windows, rules: AnswerRules) -> _Candidates:
     """Return the best spans of every window."""
     rows = logits.features
-    first = windows.context_start[rows][:, None]
-    position = np.arange(logits.starts.shape[1])[None]
-    in_passage = (position >= first) & (position < first + windows.passage_counts[rows][:, None])
+    first = windows.context_start[rows].astype(np.int16)[:, None]
+    behind = first + windows.passage_counts[rows].astype(np.int16)[:, None]
+    position = np.arange(logits.starts.shape[1], dtype=np.int16)
+    in_passage = (position >= first) & (position < behind)
     start_score, start = _top(np.where(in_passage, logits.starts, -np.inf), rules.n_best)
     end_score, end = _top(np.where(in_passage, logits.ends, -np.inf), rules.n_best)
 
     score = start_score[:, :, None] + end_score[:, None, :]  # [F, K, K]
     length = end[:, None, :] - start[:, :, None]  # less one
-    allowed = (length >= 0) & (length < rules.max_answer_length)
-    score = np.where(allowed, score, -np.inf).reshape(len(rows), -1)
+    np.copyto(score, -np.inf, where=(length < 0) | (length >= rules.max_answer_length))
+    score = score.reshape(len(rows), -1)
     # Each window's best in any order, ties included; `_rank` sorts and cuts.
     kept = min(rules.n_best, score.shape[1])
     limit = np.partition(score, -kept, axis=1)[:, -kept, None]
