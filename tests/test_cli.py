@@ -14,7 +14,10 @@ TINY_MODEL = [
     "--model.config.num_hidden_layers=1",
     "--model.config.intermediate_size=32",
 ]
+# In this process: ranks are started as the command line that runs now, which is pytest's.
+ALONE = ["--trainer.strategy=auto", "--trainer.devices=1"]
 SHORT = [
+    *ALONE,
     "--trainer.limit_train_batches=3",
     "--trainer.limit_val_batches=2",
     "--trainer.max_epochs=1",
@@ -119,7 +122,9 @@ REFUSED = {
     "fit --config quickstart --trainer.strategy nothing": "nothing",
     "fit --config quickstart --data.doc_stride 128": "doc_stride=128 does not fit",
     "fit --config quickstart --model.lr_schedule wavy": "wavy",
-    "fit --config quickstart --data.train_file nowhere.json": "nowhere.json: there is no such file",
+    f"fit --config quickstart --data.train_file nowhere.json {' '.join(ALONE)}": (
+        "nowhere.json: there is no such file"
+    ),
     "fit": "No model is given",
     "validate --ckpt_path nowhere.ckpt": "There is no checkpoint 'nowhere.ckpt'",
     "ask --model nowhere.ckpt --question Q --context C": "There is no checkpoint 'nowhere.ckpt'",

@@ -61,6 +61,14 @@ def test_the_linked_files_exist():
         assert (ROOT / target).exists(), target
 
 
+def test_the_language_model_is_the_one_that_is_tested():
+    """tests/strategies/test_parity.py trains it on every kind of pipeline."""
+    source = (ROOT / "tests/strategies/language_model.py").read_text("utf8")
+    written = source[source.index("class LanguageModel") : source.index("class Sentences")]
+    assert written.strip() in README
+    assert len([line for line in written.splitlines() if line.strip()]) < 40
+
+
 def run(words, folder):
     """Run a command as a person does, in a process of its own; return what it printed."""
     return subprocess.run(
@@ -74,9 +82,8 @@ def run(words, folder):
 
 
 @pytest.mark.slow
-def test_the_quickstart_learns_to_read_and_answers(tmp_path, monkeypatch):
+def test_the_quickstart_learns_to_read_and_answers(tmp_path):
     """Exact match is below 5 before and at least 80 after, on names and values never seen."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     quickstart = ["--config", "quickstart", "--trainer.enable_progress_bar", "false"]
     before = run(["validate", *quickstart, "--trainer.logger", "false"], tmp_path)
     untrained = float(re.search(r"val/exact_match\s*│\s*([\d.]+)", before).group(1))

@@ -178,7 +178,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         # A question's windows may lie on several devices; afterwards every one knows all of them.
         everywhere = [part for parts_of_one in all_gather_objects(parts) for part in parts_of_one]
         scores = {f"{prefix}/{k}": v for k, v in data.scores(split, everywhere).items()}
-        self.log_dict(scores, prog_bar=True)
+        self.log_dict(scores, prog_bar=True, sync_dist=True)  # all have the same: no harm done
         if not self.trainer.sanity_checking:
             self._scores, self._scores_step = scores, self.trainer.global_step
 
