@@ -304,7 +304,7 @@ def test_blocks_must_hold_every_parameter_once(tmp_path):
     assert "ties the parameters embed.weight and head.weight" in message
 
 
-def test_one_replica_has_nothing_to_shard(tmp_path, caplog):
+def test_one_replica_has_nothing_to_shard():
     strategy = PipelineParallelStrategy(
         layers_per_stage=[6], replicated_tensor_sharding=True, gradient_accumulation_steps=2
     )
