@@ -24,9 +24,6 @@ Boundaries = List[List[TensorShape]]
 class Place(NamedTuple):
     """Where this rank stands in its replica."""
 
-    replica: int
-    position: int
-    """0 holds the first stage."""
     pipeline_group: Any
     """The ranks of this replica, by position."""
     device: torch.device
@@ -101,7 +98,8 @@ class TorchPipelineExecutor:
         """Run the schedule; return the mean loss where the last stage is."""
         schedule, number = self._prepare(batch, training=True)
         losses: List[Tensor] = []
-        schedule._loss_fn = lambda loss, _: loss * (scale / number)
+        for stage in self.stages:
+            stage.loss_factor = scale / number
         index = torch.arange(number)
         schedule.step(target=index, losses=losses, return_outputs=False, index=index)
         for stage in self.stages:
@@ -208,10 +206,10 @@ def build_schedule(config: PipelineConfig, stages: List[Any], number: int) -> An
     from torch.distributed import pipelining
     from torch.distributed.pipelining import schedules
 
-    def no_loss(loss: Tensor, _: Tensor) -> Tensor:
-        return loss
+    def given(loss: Tensor, _: Tensor) -> Tensor:
+        return loss  # the last stage computes it
 
-    options: Dict[str, Any] = {"n_microbatches": number, "loss_fn": no_loss, "scale_grads": False}
+    options: Dict[str, Any] = {"n_microbatches": number, "loss_fn": given, "scale_grads": False}
     rounds = max(1, number // config.ranks_per_replica)
     if config.schedule == "interleaved_1f1b" and number % rounds == 0:
         return pipelining.ScheduleInterleaved1F1B(stages, **options)

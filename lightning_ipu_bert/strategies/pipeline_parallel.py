@@ -74,7 +74,7 @@ class PipelineParallelStrategy(PipelineRanks):
         self.model_to_device()
         broadcast_parameters(module, self._replica_group)
         recompute = self.config.recompute_checkpoint_every_layer
-        place = Place(self.replica, self.position, self._pipeline_group, self.root_device)
+        place = Place(self._pipeline_group, self.root_device)
         self._executor = module._executor = TorchPipelineExecutor(
             module,
             [Stage(module, stage, stages[stage], recompute) for stage in mine],

@@ -156,6 +156,10 @@ class PipelineRanks(ParallelStrategy):
         self.process_group_backend = backend
         assert self.cluster_environment is not None
         _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout)
+        if self._pipeline_group is None:  # the next fit or validate uses the same
+            self._create_groups()
+
+    def _create_groups(self) -> None:
         ranks, replicas = self.config.ranks_per_replica, self.config.replication_factor
         for replica in range(replicas):
             group = dist.new_group(list(range(replica * ranks, (replica + 1) * ranks)))

@@ -42,6 +42,8 @@ class Stage(nn.Module):
         self._runs = _runs(blocks, set(recomputed))
         self.micro_batches: List[Any] = []
         self.outputs: List[Any] = []
+        self.loss_factor = 1.0
+        """Share of a micro-batch in the batch's loss, times the loss scale."""
 
     def forward(self, *hidden: Tensor, index: Tensor) -> Any:
         """Run the blocks on micro-batch `index`."""
@@ -55,7 +57,7 @@ class Stage(nn.Module):
         if not self.is_last:
             return value
         if torch.is_grad_enabled():
-            return model.pipeline_loss(value, batch)
+            return model.pipeline_loss(value, batch) * self.loss_factor
         self.outputs.append(value)
         return torch.zeros((), device=next(iter(_tensors(value))).device)
 
