@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def run_blocks(
     Returns:
         [B, S, D], or `SpanLogits` if the last block is the head.
     """
-    mask: Dict[torch.dtype, Optional[Tensor]] = {}
+    mask: Optional[Tensor] = None
     for name in blocks:
         block = module.get_submodule(name)
         if name == EMBEDDINGS:
@@ -55,12 +55,10 @@ def run_blocks(
         elif name == HEAD:
             hidden = SpanLogits(*block(hidden).unbind(-1))  # [B, S, D] -> [B, S, 2] -> 2 x [B, S]
         else:
-            if hidden.dtype not in mask:
-                mask[hidden.dtype] = _layer_mask(batch.get("attention_mask"), config, hidden.dtype)
-            output = block(hidden, mask[hidden.dtype])
-            hidden = (
-                output if isinstance(output, Tensor) else output[0]
-            )  # a tuple in transformers 4
+            if mask is None:
+                mask = _layer_mask(batch.get("attention_mask"), config, hidden.dtype)
+            output = block(hidden, mask)
+            hidden = output[0] if isinstance(output, tuple) else output  # transformers 4: a tuple
     return hidden
 
 
