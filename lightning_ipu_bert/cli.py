@@ -105,6 +105,7 @@ class QuestionAnsweringCLI(LightningCLI):
             super().instantiate_classes()
         except (MisconfigurationException, ValueError) as error:
             raise UserError(str(error)) from error
+        self.datamodule.read(self.subcommand)  # before the ranks of a pipeline are started
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning 2.6 lets the checkpoint win in silence (`follow_checkpoint`)."""

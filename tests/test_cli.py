@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import shlex
 
@@ -7,6 +8,7 @@ import yaml
 from score_predictions import score
 
 from lightning_ipu_bert.cli import find_config, main, shipped_configs
+from lightning_ipu_bert.strategies.launcher import ScriptLauncher
 
 CONFIGS = sorted(shipped_configs().glob("*.yaml"))
 TINY_MODEL = [
@@ -122,9 +124,6 @@ REFUSED = {
     "fit --config quickstart --trainer.strategy nothing": "nothing",
     "fit --config quickstart --data.doc_stride 128": "doc_stride=128 does not fit",
     "fit --config quickstart --model.lr_schedule wavy": "wavy",
-    f"fit --config quickstart --data.train_file nowhere.json {' '.join(ALONE)}": (
-        "nowhere.json: there is no such file"
-    ),
     "fit": "No model is given",
     "validate --ckpt_path nowhere.ckpt": "There is no checkpoint 'nowhere.ckpt'",
     "ask --model nowhere.ckpt --question Q --context C": "There is no checkpoint 'nowhere.ckpt'",
@@ -139,6 +138,45 @@ REFUSED = {
 @pytest.mark.parametrize("command", REFUSED)
 def test_errors_of_values_are_one_line_and_exit_code_2(run, refused, command):
     assert REFUSED[command] in refused(*shlex.split(command))
+
+
+PLAN = "--trainer.strategy.init_args."
+REFUSED_PIPELINES = {
+    f"{PLAN}schedule 1f2b": "schedule='1f2b' is unknown. Did you mean '1f1b'?",
+    f"{PLAN}schedule zero-bubble": "Did you mean 'zero_bubble'?",
+    f"{PLAN}layers_per_stage [1,9]": "layers_per_stage=[1, 9] places 10 layers",
+    f"{PLAN}gradient_accumulation_steps 1": "gradient_accumulation_steps=1 is too few",
+    "--trainer.devices 3": "Set devices to 2",
+    "--trainer.accumulate_grad_batches 2": "accumulate_grad_batches=2 must be 1",
+    "--trainer.precision 64-true": "precision='64-true' is not supported",
+    "--data.micro_batch_size 0": "micro_batch_size=0",
+    "--data.train_file nowhere.json": "nowhere.json: there is no such file",
+}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch.distributed.pipelining") is None,
+    reason="pipelines need a newer torch than the SDK's",
+)
+@pytest.mark.parametrize("words", REFUSED_PIPELINES)
+def test_what_cannot_be_a_pipeline_is_refused_before_processes_start(
+    run, refused, words, monkeypatch
+):
+    def start(_):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(ScriptLauncher, "_call_children_scripts", start)
+    line = refused("fit", "--config=quickstart", *run.data, *shlex.split(words))
+    assert REFUSED_PIPELINES[words] in line
+
+
+def test_help_describes_the_plan(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--trainer.strategy.help=lightning_ipu_bert.PipelineParallelStrategy"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Copies of the pipeline, each with its own part of the data." in text
+    assert "Order of forwards and backwards: gpipe, 1f1b" in text
+    assert "How long a rank waits for another before it gives up." in text
 
 
 def test_what_is_no_checkpoint_is_refused(run, refused, tmp_path):

@@ -129,6 +129,7 @@ class SquadDataModule(pl.LightningDataModule):
             if self.hparams[name] < 1:
                 raise UserError(f"{name}={self.hparams[name]} must be at least 1.")
         self._tokenizer: Any = None
+        self._question_sets: Dict[str, QuestionSet] = {}
         self._splits: Dict[str, Split] = {}
         self._resume_from: Optional[Dict[str, int]] = None
 
@@ -154,7 +155,7 @@ class SquadDataModule(pl.LightningDataModule):
             UserError: If there are no such data, or they break a rule of the format.
         """
         if name not in self._splits:
-            question_set = self._read(name)
+            question_set = self._questions(name)
             features = cached_features(
                 question_set, self.tokenizer, self.windowing, self._cache_dir, f"Features ({name})"
             )
@@ -176,9 +177,17 @@ class SquadDataModule(pl.LightningDataModule):
         Raises:
             UserError: If the data are missing or wrong.
         """
-        for name in SPLITS_OF[stage]:
-            if self.has_split(name) or not (stage == "fit" and name == "validation"):
-                self.split(name)
+        for name in self._needed(stage):
+            self.split(name)
+
+    def read(self, verb: str) -> None:
+        """Read the questions that a verb needs, to find what is wrong with them before it begins.
+
+        Raises:
+            UserError: If the data are missing or wrong.
+        """
+        for name in self._needed(verb):
+            self._questions(name)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of micro-batches of features, in the order of `TrainingSampler`."""
@@ -250,6 +259,15 @@ class SquadDataModule(pl.LightningDataModule):
     def _quickstart_folder(self) -> Path:
         code = hashlib.sha256(Path(quickstart.__file__).read_bytes()).hexdigest()[:8]
         return built_once(self._cache_dir / f"quickstart-{code}", quickstart.write_quickstart)
+
+    def _needed(self, verb: str) -> List[str]:
+        optional = ["validation"] if verb == "fit" else []
+        return [name for name in SPLITS_OF[verb] if self.has_split(name) or name not in optional]
+
+    def _questions(self, split: str) -> QuestionSet:
+        if split not in self._question_sets:
+            self._question_sets[split] = self._read(split)
+        return self._question_sets[split]
 
     def _read(self, split: str) -> QuestionSet:
         rules = Rules(

@@ -7,7 +7,10 @@ from typing import Any, Dict, List, Optional
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_ipu_bert.files import written_atomically
 
@@ -62,3 +65,24 @@ class RandomStates(Callback):
         torch.set_rng_state(state["cpu"].cpu())
         for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(cuda.cpu(), device)
+
+
+class SaveOnTermination(Callback):
+    """Saves to `last.ckpt` when SIGTERM ends a run, as on a cluster whose time is up.
+
+    Lightning's own ModelCheckpoint does so only if told to by `save_on_exception`, which the SDK's
+    Lightning does not know.
+    """
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Save where the run's other checkpoints lie."""
+        keeper: Any = trainer.checkpoint_callback
+        if not isinstance(exception, SIGTERMException) or not isinstance(keeper, ModelCheckpoint):
+            return
+        if keeper.dirpath and not getattr(keeper, "save_on_exception", False):
+            name = f"{keeper.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
+            path = Path(keeper.dirpath) / name
+            trainer.save_checkpoint(path)
+            rank_zero_info(f"Ended by SIGTERM; go on with --ckpt_path {path}")

@@ -19,7 +19,7 @@ from lightning_ipu_bert.data.tokenizer import (
 )
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.model.architecture import architecture_of, build_network
-from lightning_ipu_bert.model.checkpoint import AtomicCheckpointIO, RandomStates
+from lightning_ipu_bert.model.checkpoint import AtomicCheckpointIO, RandomStates, SaveOnTermination
 from lightning_ipu_bert.model.gather import all_gather_objects
 from lightning_ipu_bert.model.optimizer import (
     LR_SCHEDULES,
@@ -211,7 +211,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
 
     def configure_callbacks(self) -> List[pl.Callback]:
         """Return the callbacks that every run has, less those that this Trainer already has."""
-        own: List[pl.Callback] = [RandomStates(), TrainingReport()]
+        own: List[pl.Callback] = [RandomStates(), SaveOnTermination(), TrainingReport()]
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         return [callback for callback in own if type(callback) not in present]
 

@@ -29,6 +29,7 @@ from lightning_ipu_bert.strategies.precision import (
 from lightning_ipu_bert.strategies.ranks import PipelineRanks
 from lightning_ipu_bert.strategies.replicas import average_gradients
 from lightning_ipu_bert.strategies.stage import Stage
+from lightning_ipu_bert.strategies.throughput import count_replicas
 from lightning_ipu_bert.strategies.weights import (
     broadcast_parameters,
     gather_state,
@@ -83,6 +84,7 @@ class PipelineParallelStrategy(PipelineRanks):
             self.broadcast(int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))),
             self._loss_scale,
         )
+        count_replicas(trainer, self.config)
         if trainer.state.fn == TrainerFn.FITTING:
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
@@ -122,6 +124,7 @@ class PipelineParallelStrategy(PipelineRanks):
 
     def on_train_start(self) -> None:
         """Check the loaders' batches."""
+        super().on_train_start()
         assert self.lightning_module is not None
         checks.check_loaders(self.lightning_module.trainer.train_dataloader, self.config)
 

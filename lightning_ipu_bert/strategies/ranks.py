@@ -15,7 +15,6 @@ from lightning.fabric.utilities.distributed import (
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
@@ -24,9 +23,10 @@ from lightning_ipu_bert.pipeline.config import PipelineConfig
 from lightning_ipu_bert.strategies import watch
 from lightning_ipu_bert.strategies.checks import check_devices
 from lightning_ipu_bert.strategies.launcher import NotebookLauncher, ScriptLauncher
+from lightning_ipu_bert.strategies.signals import SignalsBetweenSteps
 
 
-class PipelineRanks(ParallelStrategy):
+class PipelineRanks(SignalsBetweenSteps):
     """A strategy of replicas, each of which spreads over several ranks.
 
     rank = replica x ranks per replica + position. The ranks of a replica read the same data.

@@ -1,8 +1,12 @@
 """Checkpoints: complete, plain, and exact to resume from."""
 
+import os
+import signal
+
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from model_helpers import Losses, make_trainer
 
 from lightning_ipu_bert import BertForQuestionAnsweringModule
@@ -14,7 +18,7 @@ from lightning_ipu_bert.model.checkpoint import AtomicCheckpointIO
 STEPS_PER_EPOCH = 6
 
 
-def run(make_module, make_data, folder, ckpt_path=None, **changes):
+def run(make_module, make_data, folder, *callbacks, ckpt_path=None, **changes):
     """Train two short epochs with dropout; save after every update. Returns losses and trainer."""
     pl.seed_everything(5)
     history = Losses()
@@ -25,6 +29,7 @@ def run(make_module, make_data, folder, ckpt_path=None, **changes):
         folder,
         history,
         checkpoints,
+        *callbacks,
         max_epochs=2,
         limit_train_batches=STEPS_PER_EPOCH,
         limit_val_batches=2,
@@ -59,6 +64,22 @@ def test_a_resumed_run_repeats_the_losses_of_an_uninterrupted_one(
     assert resumed.losses == history.losses[done:]
     assert resumed.rates == history.rates[done:]
     assert trainer.global_step == 2 * STEPS_PER_EPOCH
+
+
+class Terminate(pl.Callback):
+    """Is told to end in the middle of the third update."""
+
+    def on_before_backward(self, trainer, *_):
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_the_step_at_hand_and_ends_the_run(make_module, make_data, tmp_path, whole):
+    history, _ = whole
+    with pytest.raises(SIGTERMException):
+        run(make_module, make_data, tmp_path, Terminate())
+    resumed, _ = run(make_module, make_data, tmp_path, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert resumed.losses == history.losses[3:]
 
 
 def test_dropout_masks_and_order_differ_without_what_the_checkpoint_holds(

@@ -1,6 +1,7 @@
 """A run whose ranks may come to harm: python fault_script.py FOLDER HARM RANK [CKPT_PATH].
 
-HARM is none, kill, memory or save (a kill in the middle of a save), in the step HARM_STEP.
+HARM is none, kill, memory, term (SIGTERM) or save (a kill in the middle of a save), in the step
+HARM_STEP. EPOCHS in the environment are trained, of two updates each.
 """
 
 import os
@@ -23,6 +24,8 @@ HARM_STEP = 4
 def harm(kind):
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
     if kind == "memory":
         raise MemoryError("no memory is left in this stage")
 
@@ -58,15 +61,22 @@ def main(folder, ckpt_path=None):
     strategy = PipelineParallelStrategy(
         layers_per_stage=[3, 3], gradient_accumulation_steps=4, checkpoint_io=FragileIO()
     )
+    checkpoints = pl.callbacks.ModelCheckpoint(
+        folder,
+        filename="best",
+        save_last=True,
+        save_on_exception=True,
+        enable_version_counter=False,
+    )
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=2,
         strategy=strategy,
-        max_epochs=4,
+        max_epochs=int(os.environ.get("EPOCHS", 4)),
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[pl.callbacks.ModelCheckpoint(folder, save_last=True, filename="best")],
+        callbacks=[checkpoints],
     )
     examples = Sentences(16)
     sampler = DistributedSampler(examples, 1, 0, shuffle=False)

@@ -1,13 +1,16 @@
 """A checkpoint knows no layout: it is saved on one and resumed on any other."""
 
+import json
 import warnings
 
 import pytest
 import torch
 from model_helpers import Losses, make_trainer
 from ranks import run_ranks
+from transformers import BertForQuestionAnswering
 
 from lightning_ipu_bert import BertForQuestionAnsweringModule, PipelineParallelStrategy
+from lightning_ipu_bert.cli import main
 
 GLOBAL_BATCH, SAVED_AFTER, STEPS = 16, 3, 6
 LAYOUTS = {
@@ -143,3 +146,21 @@ def _plain(make_module, make_data, folder):
     if not path.exists():
         train(make_module, make_data, folder, None, save_to=path)
     return path
+
+
+def test_ask_and_export_take_it(saved, tmp_path, monkeypatch, capsys):
+    """From another folder, in one process, from nothing but the file."""
+    monkeypatch.chdir(tmp_path)
+    main(["export", "--ckpt_path", str(saved), "--output_dir", "exported"])
+    network = BertForQuestionAnswering.from_pretrained("exported")
+    checkpoint = torch.load(saved, weights_only=True)
+    exported = network.state_dict()
+    assert all(
+        torch.equal(exported[name], value) for name, value in checkpoint["state_dict"].items()
+    )
+    capsys.readouterr()
+    passage = "Dora Lind founded Velmar in 1921."
+    words = ["--question", "Who founded Velmar?", "--context", passage, "--json"]
+    main(["ask", "--model", str(saved), *words])
+    answer = json.loads(capsys.readouterr().out)
+    assert passage[answer["start"] : answer["end"]] == answer["answer"] != ""

@@ -1,0 +1,157 @@
+"""Kill ranks of a run at random moments, and see the job end, say why, and go on.
+
+    python scripts/kill_ranks.py --times 10 --seed 1
+
+Every run trains the small language model of the tests on two stages, saving after every epoch.
+After some random time in training one of its two ranks gets SIGKILL. Then within 30 s no process
+may be left, the exit code must not be 0, one line must name the rank, and `last.ckpt` must go on to
+the losses of a run that nobody harmed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Tuple
+
+from ranks import free_port
+
+SCRIPT = Path(__file__).parents[1] / "tests" / "strategies" / "fault_script.py"
+WITHIN = 30.0
+"""Seconds in which a job must end."""
+
+
+class Run(NamedTuple):
+    """A job that was started in a session of its own."""
+
+    process: Any
+    log: Path
+
+    def output(self) -> str:
+        return self.log.read_text("utf8")
+
+    def wait_for_training(self) -> None:
+        """Return when the first update is made."""
+        while self.process.poll() is None and not losses_in(self.output()):
+            time.sleep(0.02)
+
+    def end(self, timeout: float = 120.0) -> Tuple[int, str, List[int]]:
+        """Wait; return the exit code, what it printed, and the processes that are left."""
+        code = self.process.wait(timeout)
+        deadline = time.monotonic() + 5
+        while processes_of(self.process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return code, self.output(), processes_of(self.process.pid)
+
+
+def begin_run(folder: Path, *words: str, epochs: int = 4) -> Run:
+    """Start the script of the tests."""
+    folders = [str(SCRIPT.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {
+        **os.environ,
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "EPOCHS": str(epochs),
+        "PYTHONPATH": os.pathsep.join(filter(None, folders)),
+    }
+    command, log = [sys.executable, str(SCRIPT), str(folder), *words], folder / "output.txt"
+    with log.open("w", encoding="utf8") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    return Run(process, log)
+
+
+def processes_of(session: int) -> List[int]:
+    """Return the living processes of a session, oldest first."""
+    command = ["ps", "-o", "pid=,stat=", "--sid", str(session)]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return sorted(int(line.split()[0]) for line in lines if not line.split()[1].startswith("Z"))
+
+
+def losses_in(output: str) -> Dict[int, float]:
+    """Return the losses that the script printed, by step."""
+    words = [line.split() for line in output.splitlines() if line.startswith("loss ")]
+    return {int(step): float(value) for _, step, value in words}
+
+
+def lines_naming(rank: int, output: str) -> List[str]:
+    """Return the lines that say what happened to a rank."""
+    return [line for line in output.splitlines() if line.startswith(f"Rank {rank} ")]
+
+
+def train_unharmed(epochs: int) -> Tuple[Dict[int, float], float]:
+    """Return the losses of a run that nobody kills, and its seconds after the first update."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = begin_run(Path(folder), "none", "0", epochs=epochs)
+        run.wait_for_training()
+        begin = time.monotonic()
+        code, output, _ = run.end()
+    assert code == 0, output
+    return losses_in(output), time.monotonic() - begin
+
+
+def kill_once(chance: random.Random, unharmed: Dict[int, float], seconds: float) -> str:
+    """Kill a random rank after some of `seconds` of training; return what happened.
+
+    Raises:
+        AssertionError: If the job does not end as it should.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        last, epochs = Path(folder) / "last.ckpt", len(unharmed) // 2
+        run = begin_run(Path(folder), "none", "0", epochs=epochs)
+        run.wait_for_training()
+        moment, rank = chance.uniform(0, 0.9 * seconds), chance.randrange(2)
+        time.sleep(moment)
+        ranks = [pid for pid in processes_of(run.process.pid) if is_rank(pid)]
+        os.kill(ranks[rank], signal.SIGKILL)
+        killed = time.monotonic()
+        code, output, left = run.end()
+        took = time.monotonic() - killed
+        assert code != 0, output
+        assert took < WITHIN, f"The job took {took:.1f} s to end.\n{output}"
+        assert not left, f"{left} are left.\n{output}"
+        assert len(lines_naming(rank, output)) == 1, output
+        done = max(losses_in(output))
+        more = ["none", "0", *([str(last)] if last.exists() else [])]
+        code, output, _ = begin_run(Path(folder), *more, epochs=epochs).end()
+        assert code == 0, output
+        resumed = losses_in(output)
+        assert resumed == {step: unharmed[step] for step in resumed}, output
+        assert max(resumed) == max(unharmed), output
+    return (
+        f"rank {rank} killed after {moment:.2f} s, in step {done + 1}: ended in {took:.1f} s, "
+        f"went on from step {min(resumed)}"
+    )
+
+
+def is_rank(pid: int) -> bool:
+    """Whether a process runs the script, and is no helper of Python's or torch's."""
+    try:
+        return str(SCRIPT) in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=20, help="of two updates each")
+    parser.add_argument("--seed", type=int, default=None, help="of the moments")
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    unharmed, seconds = train_unharmed(options.epochs)
+    print(f"unharmed: {len(unharmed)} updates, {seconds:.1f} s after the first")
+    for i in range(options.times):
+        print(f"{i + 1}: {kill_once(chance, unharmed, seconds)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

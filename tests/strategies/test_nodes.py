@@ -1,0 +1,134 @@
+"""Ranks that others start: two torchrun agents as two nodes, and SLURM. The numbers stay."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from node_script import train
+from ranks import free_port, run_ranks
+
+SCRIPT = str(Path(__file__).with_name("node_script.py"))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+BRIDGE, NAMES = "lib0", ("lib-node0", "lib-node1")
+
+
+def run_all(commands):
+    """Run commands side by side, each with its environment; all must end well."""
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    command,
+                    env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+            for command, environment in commands
+        ]
+        for process in processes:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output
+
+
+def answers(folder, world):
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.fixture
+def one_node(tmp_path):
+    """The same four ranks on one node."""
+    return [answer for answer, _ in run_ranks(4, train, str(tmp_path), 1, 4)]
+
+
+def agents(folder, prefixes, addresses):
+    """Run two agents of torchrun with two ranks each."""
+    port = str(free_port())
+    run_all(
+        (
+            [
+                *(*prefix, *TORCHRUN, "--nnodes=2", "--nproc-per-node=2", f"--node-rank={node}"),
+                *(f"--master-addr={addresses[0]}", f"--master-port={port}"),
+                *(f"--local-addr={address}", SCRIPT, str(folder), "2", "2"),
+            ],
+            {"GLOO_SOCKET_IFNAME": "lo"} if not prefix else {},
+        )
+        for node, (prefix, address) in enumerate(zip(prefixes, addresses))
+    )
+    return answers(folder, 4)
+
+
+def ip(*words):
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@contextmanager
+def two_namespaces():
+    """Two network namespaces on a bridge; give their addresses."""
+    addresses = ("10.213.7.1", "10.213.7.2")
+    with ExitStack() as stack:
+
+        def undo(*words):
+            stack.callback(subprocess.run, ["ip", *words], capture_output=True)
+
+        ip("link", "add", BRIDGE, "type", "bridge")
+        undo("link", "del", BRIDGE)
+        ip("link", "set", BRIDGE, "up")
+        for node, (name, address) in enumerate(zip(NAMES, addresses)):
+            ip("netns", "add", name)
+            undo("netns", "del", name)
+            ip("link", "add", f"lib-h{node}", "type", "veth", "peer", "eth0", "netns", name)
+            ip("link", "set", f"lib-h{node}", "master", BRIDGE, "up")
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield addresses
+
+
+def may_make_namespaces():
+    """Whether this machine and this user can make them."""
+    if shutil.which("ip") is None:
+        return False
+    try:
+        with two_namespaces():
+            return True
+    except subprocess.CalledProcessError:
+        return False
+
+
+def test_two_agents_of_torchrun_compute_what_one_node_does(one_node, tmp_path):
+    if may_make_namespaces():
+        with two_namespaces() as addresses:
+            prefixes = [["ip", "netns", "exec", name] for name in NAMES]
+            found = agents(tmp_path, prefixes, addresses)
+    else:
+        found = agents(tmp_path, [[], []], ["127.0.0.1", "127.0.0.1"])
+    assert found == one_node
+    assert [answer["share"]["rank"] for answer in found] == [0, 0, 1, 1]
+
+
+def test_slurm_computes_what_lightnings_own_ranks_do(tmp_path):
+    expected = [answer for answer, _ in run_ranks(2, train, str(tmp_path), 1, 2)]
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NAME": "pipeline",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_NODEID": "0",
+        "MASTER_PORT": str(free_port()),
+    }
+    run_all(
+        (
+            [sys.executable, SCRIPT, str(tmp_path), "1", "2"],
+            {**job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+        )
+        for rank in range(2)
+    )
+    assert answers(tmp_path, 2) == expected
