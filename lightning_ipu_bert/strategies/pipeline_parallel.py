@@ -93,7 +93,8 @@ class PipelineParallelStrategy(PipelineRanks):
 
     def _setup_precision(self) -> None:
         plugin: Any = self.precision_plugin
-        plugin.group = dist.group.WORLD if self.config.shards_optimizer else self._pipeline_group
+        plugin.group = self._pipeline_group
+        plugin.before_update = self._install_shards
         if isinstance(plugin, PipelineMixedPrecision):
             plugin.share_overflow(dist.group.WORLD)
         self.setup_precision_plugin()
@@ -146,21 +147,23 @@ class PipelineParallelStrategy(PipelineRanks):
 
         The mean is taken inside the closure: hooks, clipping and the optimizer see nothing else.
         """
-        shards = self._shards.get(id(optimizer))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
         def averaged() -> Any:
             result = closure()
             average_gradients(parameters, self._replica_group)
-            if shards:
-                shards.install()
             return result
 
         output = super().optimizer_step(optimizer, averaged, model, **kwargs)
+        shards = self._shards.get(id(optimizer))
         if shards:
             shards.remove()
             shards.exchange()
         return output
+
+    def _install_shards(self, optimizer: Optimizer) -> None:
+        if id(optimizer) in self._shards:
+            self._shards[id(optimizer)].install()
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let replicas share the examples of an evaluation without repeating any."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Union
+from typing import Any, Callable, List, Optional, Union
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,7 +20,14 @@ class _GlobalNorm(Precision):
     """Clips by the norm over all stages, not only over those of this rank."""
 
     group: Any = None
-    """The ranks whose gradients together make the norm; set by the strategy."""
+    """The ranks whose gradients together make the norm; set by the strategy, as the next."""
+    before_update: Optional[Callable[[Optimizer], None]] = None
+    """Called when gradients are averaged, unscaled, seen by hooks and clipped."""
+
+    def _after_closure(self, model: LightningModule, optimizer: Any) -> None:
+        super()._after_closure(model, optimizer)
+        if self.before_update is not None:
+            self.before_update(optimizer)
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: Union[int, float]) -> None:
         """Scale the gradients down if their norm over all stages is above `clip_val`."""

@@ -57,7 +57,7 @@ def agents(folder, prefixes, addresses):
                 *(f"--master-addr={addresses[0]}", f"--master-port={port}"),
                 *(f"--local-addr={address}", SCRIPT, str(folder), "2", "2"),
             ],
-            {"GLOO_SOCKET_IFNAME": "lo"} if not prefix else {},
+            {"GLOO_SOCKET_IFNAME": "eth0" if prefix else "lo"},
         )
         for node, (prefix, address) in enumerate(zip(prefixes, addresses))
     )
