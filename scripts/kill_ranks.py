@@ -44,7 +44,11 @@ class Run(NamedTuple):
 
     def end(self, timeout: float = 120.0) -> Tuple[int, str, List[int]]:
         """Wait; return the exit code, what it printed, and the processes that are left."""
-        code = self.process.wait(timeout)
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise AssertionError(f"The job does not end.\n{self.output()}") from None
         deadline = time.monotonic() + 5
         while processes_of(self.process.pid) and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -67,12 +67,16 @@ class Watch(pl.Callback):
 
 
 def watch_updates(
-    size: Dict[str, Any], plan: Dict[str, Any], micro_batch: int, updates: int
+    size: Dict[str, Any],
+    plan: Dict[str, Any],
+    micro_batch: int,
+    updates: int,
+    length: int = LENGTH,
 ) -> List[Update]:
     """Train, and return what this rank did in every update but the first, cold one."""
     watch = Watch()
     examples = micro_batch * plan["gradient_accumulation_steps"]
-    fit(size, examples, updates + 1, plan, [watch])
+    fit(size, examples, updates + 1, plan, [watch], length)
     return watch.updates[1:]
 
 
@@ -111,7 +115,7 @@ class Held:
     """A tensor that autograd holds."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()  # or a graph that is not run backward would hold itself
 
 
 def peak_stash(size: Dict[str, Any], plan: Dict[str, Any], micro_batch: int) -> int:

@@ -105,15 +105,15 @@ class InTurn(pl.Callback):
             self.seconds.append(self.turns.end(self.begin))
 
 
-def make_batch(examples: int, vocabulary: int) -> Dict[str, Tensor]:
+def make_batch(examples: int, vocabulary: int, length: int = LENGTH) -> Dict[str, Tensor]:
     """Return a batch of random tokens without padding."""
     generator = torch.Generator().manual_seed(1)
     return {
-        "input_ids": torch.randint(0, vocabulary, (examples, LENGTH), generator=generator),
-        "token_type_ids": torch.zeros(examples, LENGTH, dtype=torch.long),
-        "attention_mask": torch.ones(examples, LENGTH, dtype=torch.long),
-        "start_positions": torch.randint(0, LENGTH, (examples,), generator=generator),
-        "end_positions": torch.randint(0, LENGTH, (examples,), generator=generator),
+        "input_ids": torch.randint(0, vocabulary, (examples, length), generator=generator),
+        "token_type_ids": torch.zeros(examples, length, dtype=torch.long),
+        "attention_mask": torch.ones(examples, length, dtype=torch.long),
+        "start_positions": torch.randint(0, length, (examples,), generator=generator),
+        "end_positions": torch.randint(0, length, (examples,), generator=generator),
         "feature": torch.arange(examples),
     }
 
@@ -124,13 +124,14 @@ def fit(
     batches: int,
     plan: Optional[Dict[str, Any]],
     callbacks: Sequence[pl.Callback],
+    length: int = LENGTH,
     **options: Any,
 ) -> None:
     """Train on one batch again and again, as one of a plan's ranks or without a plan."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     module = BertForQuestionAnsweringModule(config=size, learning_rate=1e-4)
-    batch = make_batch(examples, module.bert_config.vocab_size)
+    batch = make_batch(examples, module.bert_config.vocab_size, length)
     loader = DataLoader(range(batches), batch_size=None, collate_fn=lambda _: batch)
     strategy = PipelineParallelStrategy(**plan) if plan else None
     with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ from lightning_ipu_bert.pipeline.batches import equal_micro_batches
 from lightning_ipu_bert.pipeline.config import PipelineConfig
 from lightning_ipu_bert.pipeline.interface import PipelineModule
 from lightning_ipu_bert.strategies.bridge import bridged, take_gradients
+from lightning_ipu_bert.strategies.embeddings import rows_added_in_place
 from lightning_ipu_bert.strategies.micro_batches import count_examples, shape_key, split_batch
 from lightning_ipu_bert.strategies.stage import Stage, TensorShape, hidden_shapes
 
@@ -101,7 +102,8 @@ class TorchPipelineExecutor:
         for stage in self.stages:
             stage.loss_factor = scale / number
         index = torch.arange(number)
-        schedule.step(target=index, losses=losses, return_outputs=False, index=index)
+        with rows_added_in_place([stage for stage in self.stages if stage.index == 0]):
+            schedule.step(target=index, losses=losses, return_outputs=False, index=index)
         for stage in self.stages:
             stage.micro_batches = []
         return torch.stack([loss.detach() for loss in losses]).sum() / scale if losses else None
