@@ -57,16 +57,23 @@ EVEN_MICRO_BATCH, EVEN_LENGTH = 4, 128
 def throughput(options: argparse.Namespace) -> None:
     """Compare ranks of one thread each to one process with as many threads; then explain it."""
     common = {"micro_batch": options.micro_batch, "size": MINILM}
-    threads = {**common, "threads": len(options.layers)}
+    schedules, parts = ("1f1b", "zero_bubble"), (1, MICRO_BATCHES)
+    ranks = len(options.layers)
     sides = [
-        Side(len(options.layers), by_strategy, {**common, "layers": options.layers}),
-        Side(1, by_plain_lightning, {**threads, "parts": 1}),
-        Side(1, by_plain_lightning, {**threads, "parts": MICRO_BATCHES}),
+        *(
+            Side(ranks, by_strategy, {**common, "layers": options.layers, "schedule": schedule})
+            for schedule in schedules
+        ),
+        *(
+            Side(1, by_plain_lightning, {**common, "threads": ranks, "parts": number})
+            for number in parts
+        ),
     ]
-    pipeline, whole, parted = compare(sides, options.pairs, options.updates)
-    name = f"stages of {options.layers} layers / one process"
-    show_ratio(f"{name}, whole batch", pipeline, whole)
-    show_ratio(f"{name}, {MICRO_BATCHES} parts", pipeline, parted)
+    seconds = compare(sides, options.pairs, options.updates)
+    for schedule, pipeline in zip(schedules, seconds):
+        for number, plain in zip(parts, seconds[len(schedules) :]):
+            name = f"{schedule}, stages of {options.layers} layers / one process"
+            show_ratio(f"{name}, batch in {number} parts", pipeline, plain)
     show_time(options)
 
 
@@ -116,7 +123,7 @@ def show_time(options: argparse.Namespace) -> None:
         ranks, watch_updates, MINILM, plan, options.micro_batch, options.pairs, timeout=1200
     )
     parts: List[Dict[str, float]] = [parts_of(list(updates)) for updates in zip(*watched)]
-    print(f"one update of {options.layers}, shares of its time on a rank, in the mean:")
+    print(f"one update of {options.layers} by 1f1b, shares of its time on a rank, in the mean:")
     for name in parts[0]:
         shares = [100 * part[name] for part in parts]
         print(f"  {name:<42}{statistics.median(shares):6.1f} %")
@@ -177,21 +184,26 @@ def idle(options: argparse.Namespace) -> None:
                 *(options.pairs, EVEN_LENGTH),
                 timeout=1200,
             )
-            measured = [
-                statistics.median(
+            shares = [
+                [
                     1 - busy(mine) / span([a for update in everyones for a in update.actions])
                     for mine, *everyones in zip(own, *watched)
-                )
+                ]
                 for own in watched
             ]
             predicted = bubble_fraction(schedule, 2, 1, micro_batches)
-            off = max(abs(share - predicted) for share in measured)
+            off = max(abs(statistics.median(of_rank) - predicted) for of_rank in shares)
             print(
                 f"{schedule:<6}{micro_batches:>3} micro-batches: idle "
-                f"{', '.join(f'{100 * share:.1f} %' for share in measured)}; predicted "
-                f"{100 * predicted:.1f} %; off by {100 * off:.1f} points at most",
+                f"{' and '.join(map(percent, shares))}; predicted {100 * predicted:.1f} %; "
+                f"off by {100 * off:.1f} points at most",
                 flush=True,
             )
+
+
+def percent(shares: Sequence[float]) -> str:
+    low, high = min(shares), max(shares)
+    return f"{100 * statistics.median(shares):.1f} % ({100 * low:.1f} .. {100 * high:.1f})"
 
 
 def busy(update: Update) -> float:

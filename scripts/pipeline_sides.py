@@ -152,10 +152,19 @@ def fit(
 
 
 def by_strategy(
-    turns: Turns, layers: Sequence[int], micro_batch: int, size: Dict[str, Any], **options: Any
+    turns: Turns,
+    layers: Sequence[int],
+    micro_batch: int,
+    size: Dict[str, Any],
+    schedule: str = "1f1b",
+    **options: Any,
 ) -> List[float]:
     """Train by `PipelineParallelStrategy`."""
-    plan = {"layers_per_stage": list(layers), "gradient_accumulation_steps": MICRO_BATCHES}
+    plan = {
+        "layers_per_stage": list(layers),
+        "gradient_accumulation_steps": MICRO_BATCHES,
+        "schedule": schedule,
+    }
     in_turn = InTurn(turns, turns.updates)
     batches = turns.rounds * turns.updates
     fit(size, MICRO_BATCHES * micro_batch, batches, plan, [in_turn], **options)
