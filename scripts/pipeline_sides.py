@@ -40,6 +40,13 @@ BERT_LARGE: Dict[str, Any] = {
 }
 
 
+def now() -> float:
+    """Return the time when all work is done, that of a GPU too."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Turns(NamedTuple):
     """Whose turn it is: all processes of all sides meet at the barrier between two turns."""
 
@@ -53,10 +60,10 @@ class Turns(NamedTuple):
     def begin(self) -> float:
         for _ in range(self.turn):
             self.barrier.wait()
-        return time.perf_counter()
+        return now()
 
     def end(self, begin: float) -> float:
-        seconds = time.perf_counter() - begin
+        seconds = now() - begin
         for _ in range(self.turn, self.sides):
             self.barrier.wait()
         return seconds

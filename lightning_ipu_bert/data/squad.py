@@ -225,8 +225,15 @@ class SquadDataModule(pl.LightningDataModule):
         Lightning keeps the state of loaders, too, but restores it only to those that are made after
         the optimizer; ours are made before, to count the steps of the learning rate's schedule.
         """
-        loader: Any = self.trainer.train_dataloader if self.trainer else None
-        return {"train": loader.state_dict()} if isinstance(loader, ResumableDataLoader) else {}
+        if self.trainer is None or not isinstance(
+            self.trainer.train_dataloader, ResumableDataLoader
+        ):
+            return {}
+        state = self.trainer.train_dataloader.state_dict()
+        # A save before a batch is trained on, by SLURM's signal, must not count it as done.
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        state["batches"] -= progress.ready - progress.processed
+        return {"train": state}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Let the next training loader go on where the checkpoint was saved."""

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -70,8 +71,8 @@ class RandomStates(Callback):
 class SaveOnTermination(Callback):
     """Saves to `last.ckpt` when SIGTERM ends a run, as on a cluster whose time is up.
 
-    Lightning's own ModelCheckpoint does so only if told to by `save_on_exception`, which the SDK's
-    Lightning does not know.
+    Lightning's own ModelCheckpoint does so only if told to by `save_on_exception` and `save_last`,
+    the first of which the SDK's Lightning does not know.
     """
 
     def on_exception(
@@ -79,10 +80,10 @@ class SaveOnTermination(Callback):
     ) -> None:
         """Save where the run's other checkpoints lie."""
         keeper: Any = trainer.checkpoint_callback
-        if not isinstance(exception, SIGTERMException) or not isinstance(keeper, ModelCheckpoint):
-            return
-        if keeper.dirpath and not getattr(keeper, "save_on_exception", False):
-            name = f"{keeper.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
-            path = Path(keeper.dirpath) / name
+        training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if not (training and isinstance(exception, SIGTERMException)):
+            return  # evaluation has nothing to save, and must not overwrite what training saved
+        if isinstance(keeper, ModelCheckpoint) and keeper.dirpath:
+            path = Path(keeper.dirpath) / f"{keeper.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
             trainer.save_checkpoint(path)
             rank_zero_info(f"Ended by SIGTERM; go on with --ckpt_path {path}")

@@ -48,15 +48,21 @@ def rows_added_in_place(stages: Sequence[nn.Module]) -> Iterator[None]:
         for stage in stages:
             for module in stage.modules():
                 if _is_large_table(module):
-                    stack.callback(module.register_forward_hook(_replace).remove)
+                    # First of all hooks: what a user's own changes comes after it.
+                    hook = module.register_forward_hook(_replace, prepend=True)
+                    stack.callback(hook.remove)
         yield
 
 
 def _is_large_table(module: nn.Module) -> bool:
-    if not isinstance(module, nn.Embedding) or module.weight.numel() < LARGE:
+    if type(module) is not nn.Embedding:  # subclasses may look up in a way of their own
         return False
-    special = module.sparse or module.scale_grad_by_freq or module.weight._backward_hooks
-    return module.weight.requires_grad and not special
+    weight = module.weight
+    if weight.numel() < LARGE or weight.device.type != "cpu":  # CUDA adds rows in any order
+        return False
+    hooks = weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None)
+    special = module.sparse or module.scale_grad_by_freq or hooks or not weight.is_leaf
+    return weight.requires_grad and not special
 
 
 def _replace(table: Any, args: Tuple[Tensor, ...], rows: Tensor) -> Optional[Tensor]:

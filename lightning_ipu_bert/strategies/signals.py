@@ -14,7 +14,10 @@ from typing import Any, Callable, Dict, List, Set
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
 class SignalsBetweenSteps(ParallelStrategy):
@@ -67,17 +70,36 @@ class SignalsBetweenSteps(ParallelStrategy):
         self._deliver_in_evaluation()
         return super().predict_step(*args, **kwargs)
 
+    def on_train_end(self) -> None:
+        """Deliver what has come since the last batch began."""
+        self._deliver()
+        self._end_if_told()
+
     def on_validation_end(self) -> None:
         """Deliver what has come in evaluation."""
         self._deliver()
+        if self._trainer.state.fn != TrainerFn.FITTING:  # there Lightning ends after validation
+            self._end_if_told()
 
     def on_test_end(self) -> None:
         """Deliver what has come in evaluation."""
         self._deliver()
+        self._end_if_told()
 
     def on_predict_end(self) -> None:
         """Deliver what has come in evaluation."""
         self._deliver()
+        self._end_if_told()
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    def _end_if_told(self) -> None:
+        """End at a place where Lightning does not look any more, or a script would go on."""
+        if self._trainer.received_sigterm:
+            raise SIGTERMException
 
     def _deliver_in_evaluation(self) -> None:
         if self.distributed_sampler_kwargs["num_replicas"] == 1:

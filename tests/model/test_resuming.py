@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -80,6 +81,37 @@ def test_sigterm_saves_the_step_at_hand_and_ends_the_run(make_module, make_data,
         run(make_module, make_data, tmp_path, Terminate())
     resumed, _ = run(make_module, make_data, tmp_path, ckpt_path=str(tmp_path / "last.ckpt"))
     assert resumed.losses == history.losses[3:]
+
+
+class SaveBeforeBatch(pl.Callback):
+    """As Lightning's handler of SLURM's signal may do: the batch is drawn, but not trained on."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "before.ckpt")
+
+
+def test_a_batch_that_is_drawn_but_not_trained_on_is_not_lost(
+    make_module, make_data, tmp_path, whole
+):
+    history, _ = whole
+    run(make_module, make_data, tmp_path, SaveBeforeBatch())
+    resumed, _ = run(make_module, make_data, tmp_path, ckpt_path=str(tmp_path / "before.ckpt"))
+    assert resumed.losses == history.losses[2:]
+
+
+class TerminateValidation(pl.Callback):
+    def on_validation_batch_start(self, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_in_a_validation_overwrites_no_checkpoint(make_module, make_data, tmp_path):
+    (tmp_path / "last.ckpt").write_text("of a training")
+    keeper = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, enable_version_counter=False)
+    trainer = make_trainer(tmp_path, keeper, TerminateValidation())
+    with pytest.raises(SIGTERMException):
+        trainer.validate(make_module(), make_data(), verbose=False)
+    assert (tmp_path / "last.ckpt").read_text() == "of a training"
 
 
 def test_dropout_masks_and_order_differ_without_what_the_checkpoint_holds(

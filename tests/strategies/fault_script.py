@@ -1,7 +1,8 @@
 """A run whose ranks may come to harm: python fault_script.py FOLDER HARM RANK [CKPT_PATH].
 
-HARM is none, kill, memory, term (SIGTERM) or save (a kill in the middle of a save), in the step
-HARM_STEP. EPOCHS in the environment are trained, of two updates each.
+HARM is none, kill, memory, term (SIGTERM), save (a kill in the middle of a save), in the step
+HARM_STEP, or end (SIGTERM in a validation after the training). EPOCHS in the environment are
+trained, of two updates each.
 """
 
 import os
@@ -34,7 +35,13 @@ class Fragile(LanguageModel):
     def stage_forward(self, blocks, hidden, batch):
         if self.training and self.trainer.global_step == HARM_STEP and here(self.trainer):
             harm(sys.argv[2])
+        if sys.argv[2] == "end" and not self.training and here(self.trainer):
+            harm("term")
         return super().stage_forward(blocks, hidden, batch)
+
+    def on_validation_batch_start(self, batch, batch_idx):
+        if self.trainer.is_global_zero:
+            print(f"validation {batch_idx}", flush=True)
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if self.trainer.is_global_zero:
@@ -80,7 +87,11 @@ def main(folder, ckpt_path=None):
     )
     examples = Sentences(16)
     sampler = DistributedSampler(examples, 1, 0, shuffle=False)
-    trainer.fit(Fragile(), DataLoader(examples, 8, sampler=sampler), ckpt_path=ckpt_path)
+    module = Fragile()
+    trainer.fit(module, DataLoader(examples, 8, sampler=sampler), ckpt_path=ckpt_path)
+    if sys.argv[2] == "end":
+        trainer.validate(module, DataLoader(examples, 4), verbose=False)
+        print("not reached", flush=True)
 
 
 if __name__ == "__main__":

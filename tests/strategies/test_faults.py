@@ -56,7 +56,8 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint_whole(unharmed, tmp_path
 
 def test_a_kill_at_a_random_moment():
     """scripts/kill_ranks.py does this as often as one likes."""
-    print(kill_once(random.Random(), *train_unharmed(epochs=20)))
+    seed = random.randrange(1000)
+    print(f"seed {seed}: {kill_once(random.Random(seed), *train_unharmed(epochs=20))}")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -74,3 +75,13 @@ def test_sigterm_on_any_rank_saves_and_ends_all(rank, unharmed, tmp_path):
     code, _, output, _ = start(tmp_path, "none", 0, tmp_path / "last.ckpt")
     assert code == 0, output
     assert losses_in(output) == {step: expected[step] for step in range(done + 1, 9)}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_in_a_validation_ends_all_at_its_next_batch(rank, tmp_path):
+    code, _, output, left = start(tmp_path, "end", rank)
+    assert code in (0, 143), output
+    assert not left
+    assert len(losses_in(output)) == 8
+    assert 1 <= output.count("validation ") <= 2  # of four batches
+    assert "not reached" not in output
