@@ -1,6 +1,7 @@
 """What a pipeline of processes gains and costs, on the cores of one machine.
 
     python scripts/bench_pipeline.py throughput   two ranks / one process with two threads
+    python scripts/bench_pipeline.py time         what two ranks do with the time of an update
     python scripts/bench_pipeline.py overhead     the strategy / a bare loop over torch's schedule
     python scripts/bench_pipeline.py one_stage    the strategy with one stage / plain Lightning
     python scripts/bench_pipeline.py idle         idle share of ranks / the predicted bubble
@@ -9,8 +10,8 @@
 
 throughput, overhead and one_stage let the sides train blocks of updates in turn, and print the
 median ratio of their speeds. The model has MiniLM's shape and random weights; sequences are 384
-tokens (idle: 128) without padding; float32, no dropout; 16 micro-batches. throughput goes on to say
-what the ranks do with their time. Nothing else should run beside it.
+tokens (idle: 128) without padding; float32, no dropout; 16 micro-batches. Nothing else should run
+beside it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ EVEN_MICRO_BATCH, EVEN_LENGTH = 4, 128
 
 
 def throughput(options: argparse.Namespace) -> None:
-    """Compare ranks of one thread each to one process with as many threads; then explain it."""
+    """Compare ranks of one thread each to one process with as many threads."""
     common = {"micro_batch": options.micro_batch, "size": MINILM}
     schedules, parts = ("1f1b", "zero_bubble"), (1, MICRO_BATCHES)
     ranks = len(options.layers)
@@ -75,14 +76,14 @@ def throughput(options: argparse.Namespace) -> None:
         for number, plain in zip(parts, seconds[len(schedules) :]):
             name = f"{schedule}, stages of {options.layers} layers / one process"
             show_ratio(f"{name}, batch in {number} parts", pipeline, plain)
-    show_time(options)
 
 
 def overhead(options: argparse.Namespace) -> None:
     """Compare the strategy to a bare loop over the same schedule of torch."""
-    common = {"layers": options.layers, "micro_batch": options.micro_batch}
+    # With few words: the strategy's own way with large tables is not to hide what it costs.
+    common = {"layers": options.layers, "micro_batch": options.micro_batch, "size": FEW_WORDS}
     sides = [
-        Side(len(options.layers), by_strategy, {**common, "size": MINILM}),
+        Side(len(options.layers), by_strategy, common),
         Side(len(options.layers), by_bare_loop, common),
     ]
     ours, bare = compare(sides, options.pairs, options.updates)
@@ -117,24 +118,22 @@ def show_ratio(what: str, ours: List[float], theirs: List[float]) -> None:
 # --- time of the ranks ----------------------------------------------------------------------------
 
 
-def show_time(options: argparse.Namespace) -> None:
-    """Print what the ranks do with the time of an update."""
-    ranks = len(options.layers)
+def time_of_ranks(options: argparse.Namespace) -> None:
+    """Print what two ranks do with the time of an update."""
     plan = {"layers_per_stage": options.layers, "gradient_accumulation_steps": MICRO_BATCHES}
     watched = run_ranks(
-        ranks, watch_updates, MINILM, plan, options.micro_batch, options.pairs, timeout=1200
+        2, watch_updates, MINILM, plan, options.micro_batch, options.pairs, timeout=1200
     )
-    parts: List[Dict[str, float]] = [parts_of(list(updates)) for updates in zip(*watched)]
+    transfer = max(run_ranks(2, transfer_seconds, options.micro_batch))
+    parts = [parts_of(list(updates), transfer) for updates in zip(*watched)]
     print(f"one update of {options.layers} by 1f1b, shares of its time on a rank, in the mean:")
     for name in parts[0]:
-        shares = [100 * part[name] for part in parts]
-        print(f"  {name:<42}{statistics.median(shares):6.1f} %")
-    if ranks == 2:
-        seconds = max(run_ranks(2, transfer_seconds, options.micro_batch))
-        print(f"a hidden state takes {1000 * seconds:.2f} ms from one idle rank to the other")
+        shares = [part[name] for part in parts]
+        print(f"  {name:<50}{percent(shares):>24}")
+    print(f"a hidden state takes {1000 * transfer:.2f} ms from one idle rank to the other")
 
 
-def parts_of(updates: Sequence[Update]) -> Dict[str, float]:
+def parts_of(updates: Sequence[Update], transfer: float) -> Dict[str, float]:
     """Part the time of one update of all ranks; the shares sum up to 1."""
     ranks, whole = len(updates), max(u.end for u in updates) - min(u.begin for u in updates)
     actions = [action for update in updates for action in update.actions]
@@ -142,15 +141,16 @@ def parts_of(updates: Sequence[Update]) -> Dict[str, float]:
     mean = Durations(*(sum(values) / ranks for values in zip(*real)))
     work = MICRO_BATCHES * (mean.forward + mean.backward)
     even, uneven = (makespan(ranks, durations) for durations in ([mean] * ranks, real))
-    schedule = span(actions)
     optimizer = statistics.mean(u.end - u.optimizer for u in updates)
+    schedule, transfers = span(actions), MICRO_BATCHES * transfer
     seconds = {
         "forwards and backwards": work,
-        "bubble": even - work,
+        "bubble of these, if stages were even": even - work,
         "uneven stages": uneven - even,
-        "transfer and unevenness between micro-batches": schedule - uneven,
+        "transfer, a hidden state or gradient a micro-batch": transfers,
+        "unevenness between micro-batches (remainder)": schedule - uneven - transfers,
         "optimizer": optimizer,
-        "rest (splitting, hooks, logging)": whole - schedule - optimizer,
+        "splitting, hooks, logging (remainder)": whole - schedule - optimizer,
     }
     return {name: value / whole for name, value in seconds.items()}
 
@@ -252,6 +252,7 @@ def stash(options: argparse.Namespace) -> None:
 
 VERBS: Dict[str, Callable[[argparse.Namespace], None]] = {
     "throughput": throughput,
+    "time": time_of_ranks,
     "overhead": overhead,
     "one_stage": one_stage,
     "idle": idle,

@@ -212,13 +212,16 @@ def span_loss(logits: Tensor, target: Tensor) -> Tensor:
     return (cross_entropy(start, target[:, 0]) + cross_entropy(end, target[:, 1])) / 2
 
 
-def by_bare_loop(turns: Turns, layers: Sequence[int], micro_batch: int) -> List[float]:
+def by_bare_loop(
+    turns: Turns, layers: Sequence[int], micro_batch: int, size: Dict[str, Any]
+) -> List[float]:
     """Train by torch's schedule and optimizer alone."""
     rank = int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=len(layers))
     torch.manual_seed(0)
-    module = BareStage(BertForQuestionAnswering(BertConfig(**MINILM)), layers, rank)
-    hidden = torch.zeros(micro_batch, LENGTH, MINILM["hidden_size"], requires_grad=True)
+    network = BertForQuestionAnswering(BertConfig(**size))
+    module = BareStage(network, layers, rank)
+    hidden = torch.zeros(micro_batch, LENGTH, size["hidden_size"], requires_grad=True)
     logits = torch.zeros(micro_batch, LENGTH, 2, requires_grad=True)
     tokens = torch.zeros(micro_batch, LENGTH, dtype=torch.long)
     stage = PipelineStage(
@@ -228,7 +231,7 @@ def by_bare_loop(turns: Turns, layers: Sequence[int], micro_batch: int) -> List[
     )
     schedule = Schedule1F1B(stage, MICRO_BATCHES, loss_fn=span_loss)
     optimizer = torch.optim.AdamW(decay_groups(module, 0.01), lr=1e-4)
-    batch = make_batch(MICRO_BATCHES * micro_batch, BertConfig().vocab_size)
+    batch = make_batch(MICRO_BATCHES * micro_batch, network.config.vocab_size)
     mask = batch["attention_mask"][:, None, None, :].bool()
     target = torch.stack([batch["start_positions"], batch["end_positions"]], dim=1)
     seconds = []

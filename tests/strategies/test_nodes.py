@@ -132,3 +132,11 @@ def test_slurm_computes_what_lightnings_own_ranks_do(tmp_path):
         for rank in range(2)
     )
     assert answers(tmp_path, 2) == expected
+
+
+def test_ranks_forked_in_a_notebook_give_the_weights_back(tmp_path):
+    script = Path(SCRIPT).with_name("notebook_script.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert "the same weights" in done.stdout, done.stderr
