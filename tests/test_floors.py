@@ -50,6 +50,14 @@ def test_imports_point_down(path):
                 assert imported.split(".")[1] == name or name.startswith("__")
 
 
+def test_strategies_know_a_model_only_by_the_protocol():
+    for path in [*(PACKAGE / "pipeline").rglob("*.py"), *(PACKAGE / "strategies").rglob("*.py")]:
+        for imported in imports(path, everywhere=True):
+            assert not imported.startswith(
+                ("transformers", "lightning_ipu_bert.model", "lightning_ipu_bert.data")
+            ), f"{path} imports {imported}"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_strategies_know_poptorch_and_only_lazily(path):
     inside = path.relative_to(PACKAGE).parts[0] == "strategies"

@@ -5,6 +5,7 @@ rounding noise of gradients that are mathematically zero (the bias of attention 
 a span softmax, of the last LayerNorm before it) into full steps.
 """
 
+import os
 import warnings
 
 import lightning.pytorch as pl
@@ -139,12 +140,13 @@ def make_model(kind):
     return PlainBert(config=config), span_batches(UPDATES * GLOBAL_BATCH)
 
 
-def train(kind, plan, clip, folder):
-    """Train in this process, as one of the plan's ranks if there is a plan."""
+def train(kind, plan, clip, folder, otherwise="auto"):
+    """Train in this process, as one of the plan's ranks, or by another strategy without a plan."""
     warnings.simplefilter("ignore")
     module, examples = make_model(kind)
-    strategy = PipelineParallelStrategy(**plan) if plan else "auto"
-    config = PipelineConfig(**plan) if plan else PipelineConfig([6])
+    strategy = PipelineParallelStrategy(**plan) if plan else otherwise
+    ddp = {"replication_factor": 2} if otherwise == "ddp" else {}
+    config = PipelineConfig(**plan) if plan else PipelineConfig([6], **ddp)
     recorder = Recorder()
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -160,7 +162,7 @@ def train(kind, plan, clip, folder):
         default_root_dir=str(folder),
     )
     replicas = config.replication_factor
-    rank = strategy.replica if plan else 0
+    rank = strategy.replica if plan else int(os.environ["LOCAL_RANK"]) if ddp else 0
     sampler = DistributedSampler(examples, replicas, rank, shuffle=False)
     trainer.fit(module, DataLoader(examples, GLOBAL_BATCH // replicas, sampler=sampler))
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -206,6 +208,16 @@ def test_so_do_those_of_large_tables(kind, case, references, tmp_path, monkeypat
     """Their gradients go another way; here all tables count as large."""
     monkeypatch.setattr(embeddings, "LARGE", 0)
     compare(kind, case, references, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bert", "language model"])
+def test_the_same_module_trains_under_ddp(kind, references, tmp_path):
+    losses, gradients, weights = references(kind, None)
+    results = run_ranks(2, train, kind, None, None, tmp_path, "ddp")
+    assert torch.tensor([r[0] for r in results]).mean(0).tolist() == pytest.approx(losses, rel=1e-5)
+    for _, rank_gradients, rank_weights in results:
+        assert_equal(kind, rank_gradients, gradients)
+        assert_equal(kind, rank_weights, weights)
 
 
 def compare(kind, case, references, tmp_path):
