@@ -59,9 +59,10 @@ def check_run(trainer: Trainer, module: Optional[LightningModule], config: Pipel
             "gradient_accumulation_steps instead."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        name = type(callback).__name__
-        if name in REFUSED:
-            raise UserError(f"{name} {REFUSED[name]}. Remove it, or use another strategy.")
+        for kind in type(callback).__mro__:
+            if kind.__name__ in REFUSED:
+                reason = REFUSED[kind.__name__]
+                raise UserError(f"{kind.__name__} {reason}. Remove it, or use another strategy.")
 
 
 def check_loaders(loaders: Any, config: PipelineConfig) -> None:

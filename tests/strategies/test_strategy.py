@@ -282,9 +282,28 @@ def test_what_cannot_work_is_refused_before_processes_start(tmp_path):
     assert "NoProtocol cannot be cut into stages" in message
     message = error_of(TWO, tmp_path, module=HalfProtocol())
     assert "lacks stage_forward, pipeline_loss" in message
-    averaging = pl.callbacks.StochasticWeightAveraging(swa_lrs=1e-2)
-    message = error_of(TWO, tmp_path, callbacks=[averaging])
-    assert "StochasticWeightAveraging" in message
+
+
+class OwnAveraging(pl.callbacks.StochasticWeightAveraging):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make_callback", "name"),
+    [
+        (lambda: OwnAveraging(swa_lrs=1e-2), "StochasticWeightAveraging"),
+        (lambda: pl.callbacks.WeightAveraging(), "WeightAveraging"),
+        (
+            lambda: pl.callbacks.GradientAccumulationScheduler({0: 1, 2: 4}),
+            "GradientAccumulationScheduler",
+        ),
+    ],
+    ids=["SWA", "averaging", "accumulation"],
+)
+def test_callbacks_that_cannot_work_are_refused(make_callback, name, tmp_path):
+    message = error_of(TWO, tmp_path, callbacks=[make_callback()])
+    assert message.startswith(f"{name} c")
+    assert "Remove it, or use another strategy." in message
 
 
 def test_blocks_must_hold_every_parameter_once(tmp_path):
