@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,6 @@ from ranks import free_port, run_ranks
 
 SCRIPT = str(Path(__file__).with_name("node_script.py"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-BRIDGE, NAMES = "lib0", ("lib-node0", "lib-node1")
 
 
 def run_all(commands):
@@ -69,46 +67,46 @@ def ip(*words):
 
 
 @contextmanager
-def two_namespaces():
-    """Two network namespaces on a bridge; give their addresses."""
-    addresses = ("10.213.7.1", "10.213.7.2")
+def two_nodes():
+    """Prefixes of commands that run on either node, and the nodes' addresses.
+
+    Network namespaces joined by a cable where this machine and this user can make them,
+    else loopback. Names carry the process: the kernel takes namespaces down at its leisure.
+    """
+    names = [f"node{node}-{os.getpid()}" for node in range(2)]
+    addresses = ["10.213.7.1", "10.213.7.2"]
     with ExitStack() as stack:
-
-        def undo(*words):
-            stack.callback(subprocess.run, ["ip", *words], capture_output=True)
-
-        ip("link", "add", BRIDGE, "type", "bridge")
-        undo("link", "del", BRIDGE)
-        ip("link", "set", BRIDGE, "up")
-        for node, (name, address) in enumerate(zip(NAMES, addresses)):
-            ip("netns", "add", name)
-            undo("netns", "del", name)
-            ip("link", "add", f"lib-h{node}", "type", "veth", "peer", "eth0", "netns", name)
-            ip("link", "set", f"lib-h{node}", "master", BRIDGE, "up")
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "eth0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield addresses
-
-
-def may_make_namespaces():
-    """Whether this machine and this user can make them."""
-    if shutil.which("ip") is None:
-        return False
-    try:
-        with two_namespaces():
-            return True
-    except subprocess.CalledProcessError:
-        return False
+        try:
+            for name in names:
+                ip("netns", "add", name)
+                stack.callback(subprocess.run, ["ip", "netns", "del", name], capture_output=True)
+            ip(
+                "-n",
+                names[0],
+                "link",
+                "add",
+                "eth0",
+                "type",
+                "veth",
+                "peer",
+                "eth0",
+                "netns",
+                names[1],
+            )
+            for name, address in zip(names, addresses):
+                ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+                ip("-n", name, "link", "set", "eth0", "up")
+                ip("-n", name, "link", "set", "lo", "up")
+        except (OSError, subprocess.CalledProcessError):
+            prefixes, addresses = [[], []], ["127.0.0.1", "127.0.0.1"]
+        else:
+            prefixes = [["ip", "netns", "exec", name] for name in names]
+        yield prefixes, addresses
 
 
 def test_two_agents_of_torchrun_compute_what_one_node_does(one_node, tmp_path):
-    if may_make_namespaces():
-        with two_namespaces() as addresses:
-            prefixes = [["ip", "netns", "exec", name] for name in NAMES]
-            found = agents(tmp_path, prefixes, addresses)
-    else:
-        found = agents(tmp_path, [[], []], ["127.0.0.1", "127.0.0.1"])
+    with two_nodes() as (prefixes, addresses):
+        found = agents(tmp_path, prefixes, addresses)
     assert found == one_node
     assert [answer["share"]["rank"] for answer in found] == [0, 0, 1, 1]
 
