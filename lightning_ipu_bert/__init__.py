@@ -4,12 +4,21 @@ from lightning_ipu_bert.data.squad import SquadDataModule
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.model.question_answering import BertForQuestionAnsweringModule
 from lightning_ipu_bert.pipeline.interface import PipelineModule
-from lightning_ipu_bert.strategies import PipelineParallelStrategy, register_strategies
+from lightning_ipu_bert.pipeline.ipu_config import IPUConfig
+from lightning_ipu_bert.strategies import (
+    IPUAccelerator,
+    IPUStrategy,
+    PipelineParallelStrategy,
+    register_strategies,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BertForQuestionAnsweringModule",
+    "IPUAccelerator",
+    "IPUConfig",
+    "IPUStrategy",
     "PipelineModule",
     "PipelineParallelStrategy",
     "SquadDataModule",

@@ -1,10 +1,13 @@
 """Strategies: who runs the stages, and how Lightning sees it."""
 
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_ipu_bert.strategies.ipu.accelerator import IPUAccelerator
+from lightning_ipu_bert.strategies.ipu.strategy import IPUStrategy
 from lightning_ipu_bert.strategies.pipeline_parallel import PipelineParallelStrategy
 
-__all__ = ["PipelineParallelStrategy", "register_strategies"]
+__all__ = ["IPUAccelerator", "IPUStrategy", "PipelineParallelStrategy", "register_strategies"]
 
 
 def register_strategies() -> None:
@@ -17,3 +20,11 @@ def register_strategies() -> None:
                 description=f"pipeline stages and replicas, ranks started by {start_method}",
                 start_method=start_method,
             )
+    if IPUStrategy.strategy_name not in StrategyRegistry:
+        StrategyRegistry.register(
+            IPUStrategy.strategy_name, IPUStrategy, description="stages and replicas on IPUs"
+        )
+    if IPUAccelerator.name() not in AcceleratorRegistry:
+        AcceleratorRegistry.register(
+            IPUAccelerator.name(), IPUAccelerator, description="Graphcore IPUs, by PopTorch"
+        )

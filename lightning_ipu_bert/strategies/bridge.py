@@ -44,6 +44,16 @@ def bridged(loss: Tensor, gradients: Gradients, scale: float) -> Tensor:
             parameter.grad = scaled if parameter.grad is None else parameter.grad.add_(scaled)
         gradients.clear()
 
+    return bridged_to(loss, install)
+
+
+def bridged_to(loss: Tensor, install: Callable[[Tensor], None]) -> Tensor:
+    """Return a loss whose `backward` calls `install` with the gradient that it is given.
+
+    Args:
+        loss: The value of the loss.
+        install: Is called with d(what was differentiated)/d(loss): 1, or the user's factor.
+    """
     anchor = torch.zeros((), device=loss.device, requires_grad=True)
     result: Tensor = _Bridge.apply(anchor, loss, install)  # type: ignore[no-untyped-call]
     return result

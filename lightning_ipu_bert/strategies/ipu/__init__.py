@@ -1,0 +1,1 @@
+"""IPUs, through PopTorch."""

@@ -1,0 +1,91 @@
+"""`IPUAccelerator`: `Trainer(accelerator="ipu")`."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Union
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import Accelerator
+
+from lightning_ipu_bert.errors import UserError
+
+ONLY_OURS = (
+    "accelerator='ipu' works with IPUStrategy, and strategy={strategy} was chosen. Give "
+    "--trainer.strategy ipu_pipeline, or class_path: lightning_ipu_bert.IPUStrategy."
+)
+
+
+class IPUAccelerator(Accelerator):
+    """Graphcore's IPUs. One process owns all that its replicas need."""
+
+    def setup_device(self, device: torch.device) -> None:
+        """Refuse other strategies, which would quietly run on the CPU.
+
+        Raises:
+            UserError: Always: `IPUStrategy` does not call it.
+        """
+        raise UserError(ONLY_OURS.format(strategy="another one"))
+
+    def setup(self, trainer: Trainer) -> None:
+        """Refuse other strategies.
+
+        Raises:
+            UserError: If the strategy is not `IPUStrategy`.
+        """
+        if not isinstance(trainer.strategy.accelerator, IPUAccelerator) or not hasattr(
+            trainer.strategy, "ipu_config"
+        ):
+            raise UserError(ONLY_OURS.format(strategy=type(trainer.strategy).__name__))
+
+    def get_device_stats(self, device: Union[torch.device, str, int]) -> Dict[str, Any]:
+        """Return nothing: PopTorch measures no use of memory or time while it runs."""
+        return {}
+
+    def teardown(self) -> None:
+        """Do nothing: the strategy gives its IPUs back."""
+
+    @staticmethod
+    def parse_devices(devices: Union[int, str, List[int]]) -> int:
+        """Return the number of IPUs; 0 stands for as many as the plan needs.
+
+        Raises:
+            UserError: If it is no number.
+        """
+        count = len(devices) if isinstance(devices, (list, tuple)) else devices
+        try:
+            number = 0 if count in ("auto", -1, "-1") else int(count)
+        except ValueError:
+            number = -1
+        if number < 0:
+            raise UserError(
+                f"devices={devices!r} is no number of IPUs. Leave it out for as many as the "
+                "stages and replicas need, or give their product."
+            )
+        return number
+
+    @staticmethod
+    def get_parallel_devices(devices: int) -> List[torch.device]:
+        """Return the last of the IPUs, from which `IPUStrategy` knows the others.
+
+        One device only: of a strategy that is refused later, Lightning must not start processes.
+        """
+        return [torch.device("ipu", devices - 1) if devices else torch.device("ipu")]
+
+    @staticmethod
+    def auto_device_count() -> int:
+        """Return 0: as many as the plan needs."""
+        return 0
+
+    @staticmethod
+    def is_available() -> bool:
+        """Return True: what is missing, `IPUStrategy` says itself, and what to do about it.
+
+        Graphs can be compiled without IPUs, too (compile_only).
+        """
+        return True
+
+    @staticmethod
+    def name() -> str:
+        """Return the name for `Trainer(accelerator=...)`."""
+        return "ipu"

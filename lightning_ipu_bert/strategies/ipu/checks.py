@@ -1,0 +1,130 @@
+"""What is checked before anything is compiled."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Iterator, Tuple
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.pipeline.interface import check_module
+from lightning_ipu_bert.pipeline.ipu_config import IPUConfig
+from lightning_ipu_bert.pipeline.ipu_rules import check_graph
+from lightning_ipu_bert.pipeline.partition import partition
+
+ON_DEVICE = "the weights change on the IPUs, and the host sees them only now and then"
+REFUSED = {
+    "StochasticWeightAveraging": ON_DEVICE,
+    "WeightAveraging": ON_DEVICE,
+    "EMAWeightAveraging": ON_DEVICE,
+    "GradientAccumulationScheduler": "accumulation is compiled into the program",
+    "BatchSizeFinder": "the batch size is compiled into the program",
+    "LearningRateFinder": "it goes back to old weights, which the IPUs do not take over",
+}
+"""Callbacks that cannot work on IPUs, and why."""
+
+OPTIMIZERS = (AdamW, Adam, SGD, RMSprop)
+"""What PopTorch has of torch's."""
+
+CLIPPING = (AdamW, Adam, SGD)
+"""Those of PopTorch's optimizers that clip."""
+
+
+def check_module_and_plan(module: LightningModule, config: IPUConfig, auto_round: bool) -> None:
+    """Check that a module can be cut as planned, for training and for inference.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    check_module(module)
+    blocks = list(module.pipeline_blocks())  # type: ignore[operator]
+    for graph in (config.training, config.inference):
+        partition(blocks, graph.layers_per_ipu)
+        check_graph(graph, auto_round)
+
+
+def check_trainer(trainer: Trainer, module: LightningModule, config: IPUConfig) -> None:
+    """Check that the Trainer asks for nothing that IPUs do in another way or not at all.
+
+    Raises:
+        UserError: If it does.
+    """
+    if not module.automatic_optimization:
+        raise UserError(
+            f"{type(module).__name__} optimizes manually, and on IPUs backward and update happen "
+            "in the compiled program. Set automatic_optimization to True."
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise UserError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1 on IPUs, which "
+            "accumulate over micro-batches. Set the strategy's gradient_accumulation_steps instead."
+        )
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
+        raise UserError(
+            "gradient_clip_algorithm='value' is not possible on IPUs: PopTorch clips by norm only. "
+            "Use 'norm'."
+        )
+    for hook in ("configure_gradient_clipping", "optimizer_step"):
+        if is_overridden(hook, module, LightningModule):
+            raise UserError(
+                f"{type(module).__name__} overrides {hook}, but gradients and updates never come "
+                "to the host on IPUs. Remove the override, or use another strategy."
+            )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind in type(callback).__mro__:
+            if kind.__name__ in REFUSED:
+                reason = REFUSED[kind.__name__]
+                raise UserError(
+                    f"{kind.__name__} cannot work on IPUs: {reason}. Remove it, or use another "
+                    "strategy."
+                )
+    for name, value in _intervals(trainer):
+        if value % config.device_iterations:
+            raise UserError(
+                f"{name}={value} is no multiple of device_iterations={config.device_iterations}, "
+                "the weight updates of one call. Use a multiple of it, or device_iterations=1."
+            )
+
+
+def _intervals(trainer: Trainer) -> Iterator[Tuple[str, int]]:
+    """Name the numbers of updates at which something happens."""
+    if trainer.max_steps and trainer.max_steps > 0:
+        yield "max_steps", trainer.max_steps
+    if trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        yield "log_every_n_steps", trainer.log_every_n_steps  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps:
+            yield "every_n_train_steps", callback._every_n_train_steps
+
+
+def check_optimizers(optimizers: Any, clip: float, lamb: bool) -> Optimizer:
+    """Return the one optimizer.
+
+    Raises:
+        UserError: If there are several, or PopTorch has no such one.
+    """
+    if len(optimizers) != 1:
+        raise UserError(
+            f"configure_optimizers gives {len(optimizers)} optimizers, and IPUs run exactly one. "
+            "Return one; it may have several parameter groups."
+        )
+    optimizer: Optimizer = optimizers[0]
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, OPTIMIZERS):
+        known = ", ".join(kind.__name__ for kind in OPTIMIZERS)
+        raise UserError(f"{name} is not possible on IPUs. PopTorch has {known}, and LAMB by lamb.")
+    if lamb and not isinstance(optimizer, AdamW):
+        raise UserError(f"lamb takes its numbers from an AdamW, and {name} was given. Use AdamW.")
+    if clip and (lamb or not isinstance(optimizer, CLIPPING)):
+        raise UserError(
+            f"gradient_clip_val={clip} is not possible with {'LAMB' if lamb else name}: PopTorch "
+            "clips for AdamW, Adam and SGD. Set it to null, or use one of them."
+        )
+    groups: Dict[str, Any] = optimizer.param_groups[0]
+    for flag in ("amsgrad", "maximize", "centered"):
+        if groups.get(flag) and flag != "centered":
+            raise UserError(f"{name}({flag}=True) is not possible on IPUs. Leave {flag} out.")
+    return optimizer

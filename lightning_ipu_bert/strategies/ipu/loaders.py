@@ -1,0 +1,84 @@
+"""Loaders for IPUs: batches of a whole call, as `poptorch.DataLoader` gives them."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Literal
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
+
+from lightning_ipu_bert.pipeline.batches import micro_batch_size_of
+from lightning_ipu_bert.pipeline.ipu_config import Graph
+from lightning_ipu_bert.pipeline.ipu_rules import check_enough_data
+from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
+
+LoaderMode = Literal["sync", "async", "async_rebatched"]
+MODES = {"sync": "Sync", "async": "Async", "async_rebatched": "AsyncRebatched"}
+"""Our names, and those of poptorch.DataLoaderMode."""
+
+
+def ipu_loader(
+    loader: Any, options: Any, graph: Graph, accumulation: int, mode: LoaderMode = "sync"
+) -> Any:
+    """Return a loader whose batches are what one call of the IPUs takes.
+
+    Args:
+        loader: The user's. Its batch holds the micro-batches of a weight update of one replica; a
+            batch sampler of the user's own gives micro-batches. A `poptorch.DataLoader`, or what is
+            no DataLoader, is returned as it is.
+        options: `poptorch.Options` of the graph that will take the batches.
+        graph: Training, which drops what does not fill a call, or inference, which keeps it.
+        accumulation: Micro-batches in a batch of the user's loader.
+        mode: Whether batches are made ahead, in a process of their own.
+
+    Raises:
+        UserError: If micro-batches do not divide the batch, or there are too few training data.
+    """
+    poptorch = import_poptorch()
+    if not isinstance(loader, DataLoader) or isinstance(loader, poptorch.DataLoader):
+        return loader
+    batches = _batch_arguments(loader, graph, accumulation)
+    if graph.training and not isinstance(loader.dataset, IterableDataset):
+        micro_batch_size = batches.get("batch_size") or loader.batch_sampler.batch_size  # type: ignore[union-attr]
+        examples = len(getattr(loader, "sampler", None) or loader.dataset)  # type: ignore[arg-type]
+        check_enough_data(examples, micro_batch_size, graph)
+        _say_what_is_dropped(examples, micro_batch_size * graph.micro_batches_per_call)
+    from lightning_ipu_bert.strategies.ipu.poptorch_loader import IPUDataLoader
+
+    return IPUDataLoader.like(
+        loader,
+        options=options,
+        drop_last=graph.training,
+        mode=getattr(poptorch.DataLoaderMode, MODES[mode]),
+        **batches,
+    )
+
+
+def _batch_arguments(loader: Any, graph: Graph, accumulation: int) -> Dict[str, Any]:
+    """Return what decides which examples stand in which micro-batch."""
+    if isinstance(loader.dataset, IterableDataset):
+        return {"batch_size": _micro_batch_size(loader.batch_size, graph, accumulation)}
+    if loader.batch_size is None:
+        return {"batch_sampler": loader.batch_sampler}
+    sampler = loader.sampler
+    if not graph.training and isinstance(sampler, DistributedSampler):
+        sampler = SequentialSampler(loader.dataset)  # every host evaluates everything
+    return {
+        "batch_size": _micro_batch_size(loader.batch_size, graph, accumulation),
+        "sampler": sampler,
+    }
+
+
+def _micro_batch_size(batch_size: int, graph: Graph, accumulation: int) -> int:
+    if graph.training:
+        return micro_batch_size_of(batch_size, accumulation)
+    return -(-batch_size // accumulation)  # an evaluation may be cut as it fits
+
+
+def _say_what_is_dropped(examples: int, host_batch_size: int) -> None:
+    calls, rest = divmod(examples, host_batch_size)
+    if rest:
+        rank_zero_info(
+            f"{rest:,} of {examples:,} training examples are left out of each epoch: they do not "
+            f"fill a batch of {host_batch_size} ({calls:,} batches do)."
+        )

@@ -1,0 +1,127 @@
+"""What PopTorch traces: a plain module of tensors in and tensors out around a model's blocks.
+
+Not the LightningModule itself: tracing would run its steps once and freeze what they log, and move
+its metrics to the IPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.pipeline.interface import PipelineModule
+from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
+from lightning_ipu_bert.strategies.micro_batches import count_examples
+
+
+class BatchLayout(NamedTuple):
+    """Where the tensors of a batch stand. All else in it stays on the host."""
+
+    leaves: List[bool]
+    """Which leaves are tensors."""
+    structure: Any
+
+    @classmethod
+    def of(cls, batch: Any) -> BatchLayout:
+        """Return the layout of a batch."""
+        leaves, structure = torch.utils._pytree.tree_flatten(_plain(batch))
+        return cls([isinstance(leaf, Tensor) for leaf in leaves], structure)
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        """Return a batch of these tensors; whatever is none of them is None."""
+        given: Iterator[Tensor] = iter(tensors)
+        leaves = [next(given) if is_tensor else None for is_tensor in self.leaves]
+        return torch.utils._pytree.tree_unflatten(leaves, self.structure)
+
+
+def tensors_of(batch: Any) -> List[Tensor]:
+    """Return the tensors of a batch in the order of its layout.
+
+    Raises:
+        UserError: If one has no dimension that counts the examples.
+    """
+    leaves = torch.utils._pytree.tree_flatten(_plain(batch))[0]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    examples = count_examples(batch)
+    for tensor in tensors:
+        if not tensor.dim() or len(tensor) != examples:
+            raise UserError(
+                f"A batch of {examples} examples holds a tensor of shape {list(tensor.shape)}. On "
+                "IPUs the first dimension of every tensor counts the examples: repeat it for each, "
+                "or keep it in the module."
+            )
+    return tensors
+
+
+class TracedNetwork(nn.Module):
+    """All blocks of a model under their names, and nothing else of it."""
+
+    def __init__(self, module: PipelineModule, layout: BatchLayout) -> None:
+        """Create what is traced.
+
+        Args:
+            module: The LightningModule; its blocks are shared, not copied.
+            layout: Of the batches.
+        """
+        super().__init__()
+        self._host = (module,)  # in a tuple: it is no part of this module
+        self._layout = layout
+        for name in module.pipeline_blocks():
+            _add_under(self, name, module.get_submodule(name))  # type: ignore[attr-defined]
+        self.train(module.training)  # type: ignore[attr-defined]
+
+    def _run(self, tensors: Tuple[Tensor, ...]) -> Tuple[Any, Any]:
+        """Run all blocks; return the last one's output and the batch."""
+        module: Any = self._host[0]
+        batch = self._layout.rebuild(tensors)
+        device = module._device
+        module._device = tensors[0].device  # what stage_forward makes on self.device lies there
+        try:
+            return module.stage_forward(module.pipeline_blocks(), None, batch), batch
+        finally:
+            module._device = device
+
+
+class TrainingNetwork(TracedNetwork):
+    """Tensors of a micro-batch in, its loss out."""
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Return the loss, from which PopTorch goes backward."""
+        output, batch = self._run(tensors)
+        module: Any = self._host[0]
+        poptorch: Any = import_poptorch()
+        loss: Tensor = poptorch.identity_loss(module.pipeline_loss(output, batch), "none")
+        return loss.float()  # a sum of many losses would be coarse in float16
+
+
+class InferenceNetwork(TracedNetwork):
+    """Tensors of a micro-batch in, the model's output out."""
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """Return the output of the last block."""
+        return self._run(tensors)[0]
+
+
+def _add_under(root: nn.Module, name: str, block: nn.Module) -> None:
+    """Put a block under a dotted name, so that its parameters are named as in the whole model."""
+    *path, last = name.split(".")
+    home = root
+    for part in path:
+        if part not in home._modules:
+            home.add_module(part, nn.Module())
+        home = home._modules[part]  # type: ignore[assignment]
+    home.add_module(last, block)
+
+
+def _plain(value: Any) -> Any:
+    """Turn mappings of other kinds into dictionaries, whose leaves torch finds."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_plain(item) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value)
+    return value

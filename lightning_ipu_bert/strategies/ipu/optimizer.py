@@ -1,0 +1,173 @@
+"""The optimizer on the IPUs, and the host's, whose numbers it follows.
+
+The module's own optimizer stays what schedulers, callbacks and checkpoints see; PopTorch gets one
+of its own kind with the same numbers. A checkpoint has torch's format: moments by parameter.
+
+Source:
+    PopTorch 3.4: optim.py, _optimizer_attributes.py, poptorch.cpp (readOptimizerState and
+    writeOptimizerState); PopART: patterns/adamdecompose.cpp. The moments are those of the unscaled
+    mean gradients, as torch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
+
+NUMBERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "alpha")
+"""What torch's optimizers keep per group and PopTorch's have, too."""
+
+STATE_NAMES = {"Accl1___": "exp_avg", "Accl2___": "exp_avg_sq", "Step___": "step"}
+"""PopART's prefixes before a parameter's name, and torch's keys, of Adam, AdamW and LAMB."""
+
+ADAM_FAMILY = ("Adam", "AdamW", "LAMB")
+
+
+class Extras(NamedTuple):
+    """What PopTorch's optimizers have that torch's have not."""
+
+    half_accumulators: bool = False
+    """Add micro-batches' gradients up as float16."""
+    half_momentum: bool = False
+    """Keep the first moments as float16."""
+    loss_scaling: Optional[float] = None
+    """Factor of the loss while gradients are computed; PopTorch's own, 1, where None."""
+    max_grad_norm: Optional[float] = None
+    """Gradients are clipped to this norm; not at all where None."""
+    lamb: bool = False
+    """LAMB in place of AdamW."""
+
+
+def to_poptorch(optimizer: Optimizer, extras: Extras) -> Any:
+    """Return PopTorch's optimizer with the numbers of torch's.
+
+    Every number is given by name: PopTorch compiles those that are left out as constants.
+
+    Args:
+        optimizer: One of `checks.OPTIMIZERS`.
+        extras: What torch's does not know.
+    """
+    kinds = import_poptorch().optim
+    half, single = torch.float16, torch.float32
+    momentum = half if extras.half_momentum else single
+    first = optimizer.param_groups[0]
+    arguments: Dict[str, Any] = {name: first[name] for name in NUMBERS if name in first}
+    arguments["accum_type"] = half if extras.half_accumulators else single
+    if extras.loss_scaling is not None:
+        arguments["loss_scaling"] = extras.loss_scaling
+    if extras.max_grad_norm is not None:
+        arguments["max_grad_norm"] = extras.max_grad_norm
+    if isinstance(optimizer, SGD):
+        arguments["velocity_accum_type"] = momentum
+    else:
+        arguments["first_order_momentum_accum_type"] = momentum
+        arguments["second_order_momentum_accum_type"] = single
+    if isinstance(optimizer, RMSprop):
+        arguments["centered"] = first["centered"]
+    if "betas" in arguments:
+        arguments["betas"] = tuple(arguments["betas"])  # PopTorch takes no list
+    return _kind(kinds, optimizer, extras.lamb)(_groups(optimizer), **arguments)
+
+
+def _kind(kinds: Any, optimizer: Optimizer, lamb: bool) -> Any:
+    if isinstance(optimizer, AdamW):  # before Adam, its base in newer versions of torch
+        return kinds.LAMB if lamb else kinds.AdamW
+    pairs: Tuple[Any, ...] = ((Adam, kinds.Adam), (SGD, kinds.SGD), (RMSprop, kinds.RMSprop))
+    return next(ours for theirs, ours in pairs if isinstance(optimizer, theirs))
+
+
+def _groups(optimizer: Optimizer) -> List[Dict[str, Any]]:
+    return [{"params": group["params"], **_numbers(group)} for group in optimizer.param_groups]
+
+
+def _numbers(group: Mapping[str, Any]) -> Dict[str, Any]:
+    numbers = {name: group[name] for name in NUMBERS if name in group}
+    if "betas" in numbers:
+        numbers["betas"] = tuple(numbers["betas"])
+    return numbers
+
+
+class IPUOptimizer:
+    """Both optimizers of a run: the host's, and the one that the IPUs run."""
+
+    def __init__(self, host: Optimizer, module: nn.Module, extras: Extras) -> None:
+        """Create PopTorch's from the host's.
+
+        Args:
+            host: The module's own.
+            module: Names the parameters.
+            extras: What torch's does not know.
+        """
+        self.host = host
+        self.poptorch = to_poptorch(host, extras)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._names = [names[id(p)] for group in host.param_groups for p in group["params"]]
+        self._loaded: Dict[str, Dict[str, Any]] = {}
+        """State of a checkpoint by parameter, until there is a program to take it."""
+
+    def refresh(self, poplar: Any) -> None:
+        """Send the host's numbers to the IPUs if they have changed."""
+        numbers = [_numbers(group) for group in self.host.param_groups]
+        if numbers == [_numbers(group) for group in self.poptorch.param_groups]:
+            return
+        for group, values in zip(self.poptorch.param_groups, numbers):
+            group.update(values)
+        poplar.setOptimizer(self.poptorch)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the state in the format of the host's optimizer, on the CPU."""
+        state = self.poptorch.state_dict().get("ipu_state")
+        by_name = self._loaded if state is None or self._loaded else _by_parameter(state)
+        numbered = {
+            index: by_name[name] for index, name in enumerate(self._names) if name in by_name
+        }
+        return {**self.host.state_dict(), "state": numbered}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take numbers at once, and moments as soon as there is a program."""
+        self.host.load_state_dict({**state, "state": {}})
+        self._loaded = {self._names[index]: entry for index, entry in state["state"].items()}
+
+    def write_loaded_state(self) -> None:
+        """Give the moments of a checkpoint to the program that was just compiled.
+
+        PopTorch copies bytes without a look at shape or type, and crashes over missing entries: the
+        state that it has itself is filled in.
+        """
+        loaded, self._loaded = self._loaded, {}
+        whole = self.poptorch.state_dict()
+        if not loaded or whole.get("ipu_state") is None:
+            return
+        if type(self.poptorch).__name__ not in ADAM_FAMILY:
+            rank_zero_info(
+                f"The state of {type(self.host).__name__} in the checkpoint cannot be given to the "
+                "IPUs: it begins anew. Adam, AdamW and LAMB go on with theirs."
+            )
+            return
+        filled = {key: _filled(key, value, loaded) for key, value in whole["ipu_state"].items()}
+        self.poptorch.load_state_dict({**whole, "ipu_state": filled})
+
+
+def _by_parameter(state: Mapping[str, Tensor]) -> Dict[str, Dict[str, Tensor]]:
+    """Turn PopART's names into torch's entries of each parameter; moments become float32."""
+    result: Dict[str, Dict[str, Tensor]] = {}
+    for key, value in state.items():
+        for prefix, name in STATE_NAMES.items():
+            if key.startswith(prefix):
+                result.setdefault(key[len(prefix) :], {})[name] = value.detach().float().clone()
+    return result
+
+
+def _filled(key: str, value: Tensor, loaded: Mapping[str, Mapping[str, Any]]) -> Tensor:
+    """Return the checkpoint's value for one of PopART's entries, in its shape and type."""
+    for prefix, name in STATE_NAMES.items():
+        if key.startswith(prefix) and name in loaded.get(key[len(prefix) :], {}):
+            found = torch.as_tensor(loaded[key[len(prefix) :]][name])
+            return found.detach().to("cpu", value.dtype).reshape(value.shape).contiguous().clone()
+    return value.clone()

@@ -1,0 +1,50 @@
+"""Profiles for PopVision, asked for by an environment variable that is left as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import contextmanager
+from typing import Dict, Iterator, Optional
+
+from lightning_ipu_bert.errors import UserError
+
+VARIABLE = "POPLAR_ENGINE_OPTIONS"
+
+
+@contextmanager
+def profiled(folder: str) -> Iterator[None]:
+    """Let programs that are compiled and run within the block write a profile.
+
+    What the variable holds already stays, and wins.
+
+    Args:
+        folder: Where profiles go; none are written if empty.
+    """
+    before = os.environ.get(VARIABLE)
+    if not folder:
+        yield
+        return
+    wanted = {
+        "autoReport.all": "true",
+        "autoReport.directory": folder,
+        "debug.allowOutOfMemory": "true",
+    }
+    os.environ[VARIABLE] = json.dumps({**wanted, **_options(before)})
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(VARIABLE, None)
+        else:
+            os.environ[VARIABLE] = before
+
+
+def _options(text: Optional[str]) -> Dict[str, str]:
+    try:
+        options = json.loads(text) if text else {}
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise UserError(f"{VARIABLE}={text!r} is no JSON object. Mend it, or unset it.")
+    return options

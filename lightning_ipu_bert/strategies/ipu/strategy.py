@@ -1,0 +1,490 @@
+"""`IPUStrategy`: the same stages, replicas and accumulation on Graphcore IPUs, through PopTorch."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Callable, Dict, List, Mapping, Optional, Union
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.pipeline.config import PipelineConfig
+from lightning_ipu_bert.pipeline.ipu_config import IPUConfig
+from lightning_ipu_bert.pipeline.partition import device_allocation, partition
+from lightning_ipu_bert.strategies.ipu import checks
+from lightning_ipu_bert.strategies.ipu.accelerator import IPUAccelerator
+from lightning_ipu_bert.strategies.ipu.config_file import load_ipu_config, save_ipu_config
+from lightning_ipu_bert.strategies.ipu.executor import IPUExecutor
+from lightning_ipu_bert.strategies.ipu.loaders import LoaderMode, ipu_loader
+from lightning_ipu_bert.strategies.ipu.optimizer import Extras, IPUOptimizer
+from lightning_ipu_bert.strategies.ipu.options import Surroundings, ipu_options
+from lightning_ipu_bert.strategies.ipu.precision import IPUPrecision, for_ipu
+from lightning_ipu_bert.strategies.ipu.profiling import profiled
+from lightning_ipu_bert.strategies.ipu.sdk import import_popdist, import_poptorch
+from lightning_ipu_bert.strategies.ipu.updates import add_updates, schedules_of_every_update
+
+CHECKPOINT_KEY = "ipu"
+
+
+class IPUStrategy(ParallelStrategy):
+    """Runs a module's blocks as stages on IPUs; one process owns all that its replicas need.
+
+    The fields of the plan are those of `PipelineParallelStrategy`, so that a config moves between
+    them by its class_path; what only IPUs know is in `ipu_config`.
+    """
+
+    strategy_name = "ipu_pipeline"
+    static_shapes = True
+    """Programs take batches of one shape: loaders pad all examples to one length."""
+
+    def __init__(
+        self,
+        layers_per_stage: Optional[List[int]] = None,
+        replication_factor: Optional[int] = None,
+        gradient_accumulation_steps: Optional[int] = None,
+        recompute_checkpoint_every_layer: Optional[bool] = None,
+        replicated_tensor_sharding: Optional[bool] = None,
+        optimizer_state_offchip: Optional[bool] = None,
+        stages_per_rank: int = 1,
+        schedule: str = "1f1b",
+        ipu_config: Union[str, Dict[str, Any], None] = None,
+        pod_type: Optional[str] = None,
+        loss_scaling: Optional[float] = None,
+        lamb: bool = False,
+        loader_mode: LoaderMode = "sync",
+        auto_round_num_ipus: bool = False,
+        compile_only: bool = False,
+        edit_options: Optional[Callable[[Any, bool], None]] = None,
+        accelerator: Optional[Accelerator] = None,
+        parallel_devices: Optional[List[torch.device]] = None,
+        cluster_environment: Optional[ClusterEnvironment] = None,
+        checkpoint_io: Optional[CheckpointIO] = None,
+        precision_plugin: Optional[Precision] = None,
+    ) -> None:
+        """Create the strategy; nothing of it needs an IPU yet.
+
+        Args:
+            layers_per_stage: See `PipelineConfig`, as for the next five. Where null, `ipu_config`
+                decides.
+            replication_factor: Copies of the pipeline that train.
+            gradient_accumulation_steps: Micro-batches of a replica between two weight updates.
+            recompute_checkpoint_every_layer: Keep only the outputs of layers.
+            replicated_tensor_sharding: Split the optimizer's state over the replicas.
+            optimizer_state_offchip: Keep the optimizer's state in the memory beside the IPUs.
+            stages_per_rank: 1: an IPU holds one stage.
+            schedule: 1f1b, the only one that PopTorch has.
+            ipu_config: Fields of `IPUConfig`, or a file, folder or hub name of an ipu_config.json.
+            pod_type: Which values to take where ipu_config has them by type of pod, e.g. pod16.
+            loss_scaling: Factor of the loss while gradients are computed, for 16-true; 1 where null.
+            lamb: Train with LAMB, with the numbers of the module's AdamW.
+            loader_mode: Whether batches are made ahead in a process of their own: sync, async or
+                async_rebatched.
+            auto_round_num_ipus: Take more IPUs than are used where their number is no power of two.
+            compile_only: Compile for the next run, without IPUs, and end.
+            edit_options: Is called with each `poptorch.Options`, and True for training's, before it
+                is used; for what IPUConfig does not know.
+            accelerator: Set by the Trainer, as the next four.
+            parallel_devices: The IPUs.
+            cluster_environment: Not used.
+            checkpoint_io: How checkpoints are written.
+            precision_plugin: How numbers are represented.
+
+        Raises:
+            UserError: If the plan breaks a rule.
+        """
+        _check_shape_of_plan(stages_per_rank, schedule)
+        base = load_ipu_config(ipu_config, pod_type)
+        plan = {
+            "layers_per_stage": layers_per_stage,
+            "replication_factor": replication_factor,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "recompute_checkpoint_every_layer": recompute_checkpoint_every_layer,
+            "replicated_tensor_sharding": replicated_tensor_sharding,
+            "optimizer_state_offchip": optimizer_state_offchip,
+        }
+        self.ipu_config: IPUConfig = base.with_plan(**plan)
+        """How the model runs on IPUs."""
+        super().__init__(
+            accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin
+        )
+        self._loss_scaling = loss_scaling
+        self._lamb = lamb
+        self._loader_mode: LoaderMode = loader_mode
+        self._auto_round = auto_round_num_ipus
+        self._compile_only = compile_only
+        self._edit_options = edit_options
+        self._executor: Optional[IPUExecutor] = None
+        self._options: Dict[bool, Any] = {}
+        self._batch_sizes: Dict[bool, int] = {}
+        self._loaded: Dict[str, Any] = {}
+        self._every_update: List[Any] = []
+        self._cleanup = ExitStack()
+        self._overridden = plan if ipu_config else {}
+        self._base = base
+
+    # --- what Lightning asks ----------------------------------------------------------------------
+
+    @property
+    def config(self) -> PipelineConfig:
+        """The plan, as every pipeline has it."""
+        return self.ipu_config.plan
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches in a batch of a loader."""
+        return self.ipu_config.gradient_accumulation_steps
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Weight updates of one call: `device_iterations`."""
+        return self.ipu_config.device_iterations
+
+    @property
+    def accelerator(self) -> Optional[Accelerator]:
+        """Always the IPUs."""
+        return self._accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Optional[Accelerator]) -> None:
+        # With accelerator="auto" Lightning chooses one that it knows.
+        self._accelerator = (
+            accelerator
+            if isinstance(accelerator, IPUAccelerator)
+            else (IPUAccelerator() if accelerator is not None else None)
+        )
+
+    @property
+    def parallel_devices(self) -> Optional[List[torch.device]]:
+        """The IPUs: as many as `devices` says, or as the plan needs."""
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: Optional[List[torch.device]]) -> None:
+        count = self.ipu_config.training.num_ipus
+        if devices and devices[0].type == "ipu" and devices[-1].index is not None:
+            count = devices[-1].index + 1
+        self._parallel_devices = [torch.device("ipu", i) for i in range(count)] if devices else None
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """How numbers are represented."""
+        return self._precision_plugin if self._precision_plugin is not None else IPUPrecision()
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Optional[Precision]) -> None:
+        self._precision_plugin = for_ipu(plugin)
+
+    @property
+    def root_device(self) -> torch.device:
+        """The host: batches, metrics and the weights between runs are there."""
+        return torch.device("cpu")
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there are several processes, which share the data."""
+        return self._processes[1] > 1
+
+    @property
+    def global_rank(self) -> int:
+        """This process, of those that poprun started."""
+        return self._processes[0]
+
+    @property
+    def local_rank(self) -> int:
+        """0: data are prepared by each process."""
+        return 0
+
+    @property
+    def node_rank(self) -> int:
+        """0."""
+        return 0
+
+    @property
+    def world_size(self) -> int:
+        """Processes that poprun started."""
+        return self._processes[1]
+
+    @property
+    def _processes(self) -> tuple[int, int]:
+        popdist: Any = import_popdist()
+        return (popdist.getInstanceIndex(), popdist.getNumInstances()) if popdist else (0, 1)
+
+    @property
+    def distributed_sampler_kwargs(self) -> Dict[str, Any]:
+        """Data are shared by processes; replicas of one process take parts of its batches."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    def set_world_ranks(self) -> None:
+        """Let only the first process print and save."""
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Return the value: every process evaluates everything."""
+        return tensor
+
+    def all_gather(
+        self, tensor: Tensor, group: Optional[Any] = None, sync_grads: bool = False
+    ) -> Tensor:
+        """Return the value."""
+        return tensor
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Return the decision."""
+        return decision
+
+    def barrier(self, name: Optional[str] = None) -> None:
+        """Do nothing: PopDist keeps processes together while they run."""
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return the object."""
+        return obj
+
+    # --- before the run ---------------------------------------------------------------------------
+
+    def connect(self, model: LightningModule) -> None:
+        """Check everything that can be checked before data are read or programs compiled."""
+        super().connect(model)
+        checks.check_module_and_plan(model, self.ipu_config, self._auto_round)
+        self._check_devices()
+
+    def setup_environment(self) -> None:
+        """Say what will run where."""
+        import_poptorch(self.config)
+        self.set_world_ranks()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if trainer.state.fn == TrainerFn.FITTING:
+            checks.check_trainer(trainer, self.lightning_module, self.ipu_config)
+        self._print_plan()
+
+    def setup(self, trainer: Trainer) -> None:
+        """Prepare what runs the module; programs are compiled with the first batch."""
+        module: Any = self.lightning_module
+        self.precision_plugin.convert_module(module)
+        self._cleanup.enter_context(profiled(self.ipu_config.profile_dir))
+        self._executor = module._executor = IPUExecutor(
+            module,
+            self.ipu_config,
+            self._options_for,
+            lambda training: self._batch_sizes.get(training),
+            offline=self._compile_only,
+        )
+        self._executor.loaded_rng_state = self._loaded.get("rng_state")
+        self._executor.loaded_num_ipus = self._loaded.get("num_ipus")
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+            self._setup_ipu_optimizer(trainer)
+            self._every_update = schedules_of_every_update(
+                self.lr_scheduler_configs, self.updates_per_batch
+            )
+        self.setup_precision_plugin()
+
+    def _setup_ipu_optimizer(self, trainer: Trainer) -> None:
+        half = isinstance(self.precision_plugin, IPUPrecision) and self.precision_plugin.half
+        clip = trainer.gradient_clip_val or 0.0
+        optimizer = checks.check_optimizers(self.optimizers, float(clip), self._lamb)
+        extras = Extras(
+            half_accumulators=half,
+            half_momentum=self.ipu_config.enable_half_first_order_momentum,
+            loss_scaling=self._loss_scaling,
+            max_grad_norm=float(clip) or None,
+            lamb=self._lamb,
+        )
+        assert self._executor is not None
+        assert self.lightning_module is not None
+        self._executor.optimizer = IPUOptimizer(optimizer, self.lightning_module, extras)
+
+    def _options_for(self, training: bool) -> Any:
+        if training not in self._options:
+            folder = self._cleanup.enter_context(TemporaryDirectory(prefix="ipu-initializers-"))
+            seed = os.environ.get("PL_GLOBAL_SEED")
+            options = ipu_options(
+                self.ipu_config,
+                training,
+                Surroundings(
+                    seed=int(seed) if seed else None,
+                    initializers_file=str(Path(folder) / "initializers.onnx"),
+                    offline=self._compile_only,
+                    auto_round_num_ipus=self._auto_round,
+                ),
+            )
+            if self._edit_options is not None:
+                self._edit_options(options, training)
+            self._options[training] = options
+        return self._options[training]
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Return a loader whose batches are what one call of the IPUs takes."""
+        trainer = getattr(self.lightning_module, "_trainer", None)
+        training = trainer is not None and bool(trainer.training)
+        graph = self.ipu_config.training if training else self.ipu_config.inference
+        loader = ipu_loader(
+            dataloader,
+            self._options_for(training),
+            graph,
+            self.gradient_accumulation_steps,
+            self._loader_mode,
+        )
+        size = getattr(loader, "combinedBatchSize", None)
+        if size:
+            self._batch_sizes[training] = max(size, self._batch_sizes.get(training, 0))
+        return loader
+
+    def model_to_device(self) -> None:
+        """Do nothing: PopTorch moves the weights when it compiles."""
+
+    def _check_devices(self) -> None:
+        given = len(self.parallel_devices or [])
+        needed = self.ipu_config.training.num_ipus
+        if given and given != needed and not self._auto_round:
+            raise UserError(
+                f"devices={given} does not fit {self.config.num_stages} stages x "
+                f"replication_factor={self.config.replication_factor}. Set devices to {needed}, "
+                "leave it out, or change the plan."
+            )
+
+    def _print_plan(self) -> None:
+        for name, value in self._overridden.items():
+            field = "layers_per_ipu" if name == "layers_per_stage" else name
+            if value is not None and value != getattr(self._base, field):
+                rank_zero_info(f"Overriding IPU config: {name}={value}")
+        for field, reason in self.ipu_config.ignored():
+            rank_zero_info(f"IPU config: {field} has no effect: {reason}.")
+        if self.ipu_config.replicated_tensor_sharding and not self.ipu_config.shards_optimizer:
+            rank_zero_info(
+                "replicated_tensor_sharding is off: with replication_factor=1 there is no other "
+                "replica to share the optimizer's state with."
+            )
+        module: Any = self.lightning_module
+        blocks = list(module.pipeline_blocks())
+        stages = partition(blocks, self.ipu_config.training.layers_per_ipu)
+        rank_zero_info(device_allocation(stages, module.block_labels))
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Say how many updates there will be; or compile and end, if nothing else is asked for."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        total = trainer.estimated_stepping_batches
+        if total != float("inf"):
+            total = int(total) * (1 if trainer.max_steps > 0 else self.updates_per_batch)
+            rank_zero_info(f"Total optimization steps: {total:,}")
+        if self._compile_only:
+            self._compile_and_end(trainer)
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: Optional[Union[LightningModule, Module]] = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run one call, which updates the weights; count all its updates."""
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        assert self.lightning_module is not None
+        more = self.updates_per_batch - 1
+        if more:
+            add_updates(self.lightning_module.trainer, more)
+            for scheduler in self._every_update * more:
+                scheduler.step()
+        return result
+
+    def _compile_and_end(self, trainer: Any) -> None:
+        assert self._executor is not None
+        self._executor.compile_training(next(iter(trainer.train_dataloader)))
+        loaders = trainer.val_dataloaders
+        for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
+            if loader is not None and self._executor.inference is None:
+                self._executor.compile_inference(next(iter(loader)))
+        rank_zero_info("Nothing was trained: compile_only is set. Run again without it.")
+        raise SystemExit(0)
+
+    # --- weights and states -----------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> Dict[str, Any]:
+        """Return the weights as plain tensors, up to date."""
+        assert self.lightning_module is not None
+        if self._executor is not None:
+            self._executor.copy_weights_to_host()
+        with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]
+            return {
+                name: value.detach().as_subclass(Tensor) if isinstance(value, Tensor) else value  # type: ignore[arg-type]
+                for name, value in self.lightning_module.state_dict().items()
+            }
+
+    def optimizer_state(self, optimizer: Optimizer) -> Dict[str, Any]:
+        """Return the optimizer's state as torch's optimizer would have it."""
+        if self._executor is None or self._executor.optimizer is None:
+            return super().optimizer_state(optimizer)
+        return self._executor.optimizer.state_dict()
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take the state of any strategy's optimizer."""
+        assert self._executor is not None
+        assert self._executor.optimizer is not None
+        self._executor.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+
+    def save_checkpoint(
+        self, checkpoint: Dict[str, Any], filepath: Any, storage_options: Optional[Any] = None
+    ) -> None:
+        """Save, with the random state of the IPUs; the IPU config goes into the same folder."""
+        if self._executor is not None:
+            checkpoint[CHECKPOINT_KEY] = {
+                "config": self.ipu_config.to_dict(),
+                "num_ipus": self.ipu_config.training.num_ipus,
+                "rng_state": self._executor.rng_state(),
+            }
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if self.is_global_zero and "://" not in str(filepath):
+            save_ipu_config(self.ipu_config, Path(filepath).parent)
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: Optional[bool] = None
+    ) -> Dict[str, Any]:
+        """Load a checkpoint and keep what belongs to the IPUs."""
+        # Lightning 2.3 does not know weights_only.
+        given = {} if weights_only is None else {"weights_only": weights_only}
+        checkpoint: Dict[str, Any] = super().load_checkpoint(checkpoint_path, **given)
+        self._loaded = checkpoint.get(CHECKPOINT_KEY) or {}
+        return checkpoint
+
+    def teardown(self) -> None:
+        """Give the trained weights back to the module, and the IPUs to others."""
+        module: Any = self.lightning_module
+        executor, self._executor = self._executor, None
+        if module is not None:
+            module._executor = None
+        if executor is not None:
+            executor.destroy()
+        self._options, self._batch_sizes, self._loaded = {}, {}, {}
+        self._cleanup.close()
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None
+        self.accelerator.teardown()
+
+
+def _check_shape_of_plan(stages_per_rank: int, schedule: str) -> None:
+    if stages_per_rank != 1:
+        raise UserError(
+            f"stages_per_rank={stages_per_rank} is not possible on IPUs: each holds one stage. "
+            "Set it to 1, or leave it out."
+        )
+    if schedule != "1f1b":
+        raise UserError(
+            f"schedule={schedule!r} is not possible on IPUs: PopTorch runs its own, which is "
+            "1f1b. Leave it out."
+        )

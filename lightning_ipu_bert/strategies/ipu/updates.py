@@ -1,0 +1,48 @@
+"""One call of the IPUs may be several weight updates; Lightning counts calls.
+
+With `device_iterations` D a call is D updates: `global_step`, what is logged under it, and learning
+rate schedules go on by D. The learning rate of a call is that of its first update.
+"""
+
+from __future__ import annotations
+
+from typing import Any, List, Sequence
+
+from lightning_ipu_bert.errors import UserError
+
+
+def schedules_of_every_update(schedules: Sequence[Any], updates_per_batch: int) -> List[Any]:
+    """Return the schedulers that step with every update; let the others count calls.
+
+    Args:
+        schedules: Lightning's `LRSchedulerConfig`s, with frequencies in updates; changed in place.
+        updates_per_batch: Updates of a call.
+
+    Raises:
+        UserError: If a schedule would have to step in the middle of a call.
+    """
+    every_update = []
+    for schedule in schedules:
+        if schedule.interval != "step" or schedule.reduce_on_plateau:
+            continue
+        if schedule.frequency == 1:
+            every_update.append(schedule.scheduler)
+            continue
+        calls, rest = divmod(schedule.frequency, updates_per_batch)
+        if rest:
+            raise UserError(
+                f"A learning rate schedule has frequency={schedule.frequency} updates, which "
+                f"device_iterations={updates_per_batch} does not divide. Use 1 or a multiple of it."
+            )
+        schedule.frequency = calls
+    return every_update
+
+
+def add_updates(trainer: Any, more: int) -> None:
+    """Count the updates of a call behind its first, which Lightning counts itself."""
+    loop = trainer.fit_loop.epoch_loop
+    step = loop.automatic_optimization.optim_progress.optimizer.step
+    for progress in (step.total, step.current):
+        progress.ready += more
+        progress.completed += more
+    loop._batches_that_stepped += more  # what loggers get as the step
