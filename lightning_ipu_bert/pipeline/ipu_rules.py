@@ -159,7 +159,6 @@ def _check_proportions(graph: Graph) -> None:
             f"{name}={values} has {len(values)} entries for {graph.num_stages} IPUs. Give one "
             "number for all, or one for each IPU."
         )
-    wrong = [v for v in values if isinstance(v, bool) or not isinstance(v, (int, float))]
-    wrong = wrong or [v for v in values if not 0 < v <= 1]
-    if wrong:
-        raise UserError(f"{name}={values}: {wrong[0]!r} is no share. Use numbers in (0, 1].")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise UserError(f"{name}={values}: {value!r} is no share. Use numbers in (0, 1].")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Union
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import HFValidationError
+from huggingface_hub.errors import HFValidationError
 
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.files import written_atomically

@@ -59,8 +59,7 @@ class CompiledGraph:
             found = next((new for new, old in zip(shapes, self.shapes) if new != old), shapes)
             raise UserError(
                 f"A batch has examples of shape {_text(found)}, and the program was compiled for "
-                f"{_text(self.shapes)}. IPUs take one shape: pad all examples to one length (--data."
-                "pad_to_max_length true)."
+                f"{_text(self.shapes)}. IPUs take one shape: pad all examples to one length."
             )
 
 
@@ -274,8 +273,8 @@ def _check_factor(incoming: Tensor) -> None:
     """Refuse a loss that was scaled after `run_loss`: the weights have changed by then."""
     if float(incoming) != 1.0:
         raise UserError(
-            f"The loss was multiplied by {float(incoming):g} after run_loss, and on IPUs the update "
-            "is done by then. Scale it in pipeline_loss."
+            f"The loss was multiplied by {float(incoming):g} after run_loss, and on IPUs the "
+            "update is done by then. Scale it in pipeline_loss."
         )
 
 

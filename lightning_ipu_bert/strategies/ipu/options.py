@@ -10,7 +10,7 @@ from lightning_ipu_bert.pipeline.ipu_config import Graph, IPUConfig
 from lightning_ipu_bert.strategies.ipu.sdk import import_popdist, import_poptorch
 
 OVERLAP_MEMORY_OPTIMIZED = 3
-"""popart.AccumulateOuterFragmentSchedule; PopTorch takes the number, so that popart is not needed."""
+"""popart.AccumulateOuterFragmentSchedule; PopTorch takes the number, too."""
 JUST_IN_TIME = 1
 """popart.SubgraphCopyingStrategy."""
 

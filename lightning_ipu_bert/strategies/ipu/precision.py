@@ -19,7 +19,7 @@ SUPPORTED = ("32-true", "16-true")
 class IPUPrecision(Precision):
     """32-true and 16-true. Backward, clipping and update happen on the IPUs."""
 
-    precision: Literal["32-true", "16-true"]  # type: ignore[assignment]
+    precision: Literal["32-true", "16-true"]
 
     def __init__(self, precision: Literal["32-true", "16-true"] = "32-true") -> None:
         """Create the plugin.

@@ -88,7 +88,7 @@ class IPUStrategy(ParallelStrategy):
             schedule: 1f1b, the only one that PopTorch has.
             ipu_config: Fields of `IPUConfig`, or a file, folder or hub name of an ipu_config.json.
             pod_type: Which values to take where ipu_config has them by type of pod, e.g. pod16.
-            loss_scaling: Factor of the loss while gradients are computed, for 16-true; 1 where null.
+            loss_scaling: Factor of the loss while gradients are computed; 1 where null.
             lamb: Train with LAMB, with the numbers of the module's AdamW.
             loader_mode: Whether batches are made ahead in a process of their own: sync, async or
                 async_rebatched.
@@ -420,9 +420,9 @@ class IPUStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         if self._executor is not None:
             self._executor.copy_weights_to_host()
-        with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]
+        with torch._C.DisableTorchFunction():
             return {
-                name: value.detach().as_subclass(Tensor) if isinstance(value, Tensor) else value  # type: ignore[arg-type]
+                name: value.detach().as_subclass(Tensor) if isinstance(value, Tensor) else value
                 for name, value in self.lightning_module.state_dict().items()
             }
 
