@@ -113,8 +113,9 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]  # not generic 
         """Yield the batches of the epoch, less those that were done before the run was resumed."""
         self._epoch, self._batches = getattr(self.sampler, "epoch", 0), 0
         state, self._resume_from = self._resume_from, None
-        if isinstance(self.sampler, TrainingSampler) and state and state["epoch"] == self._epoch:
-            self._batches = state["batches"] if state["batches"] < len(self) else 0
+        if isinstance(self.sampler, TrainingSampler):
+            if state and state["epoch"] == self._epoch and state["batches"] < len(self):
+                self._batches = state["batches"]
             self.sampler.skip(self._batches * int(self.batch_size or 1))
         for batch in super().__iter__():
             self._batches += 1

@@ -295,7 +295,9 @@ class SquadDataModule(pl.LightningDataModule):
         )
 
     def _loader(self, features: Any, batch_size: int, sampler: Any = None) -> ResumableDataLoader:
-        length = self.windowing.max_length if self.hparams["pad_to_max_length"] else None
+        strategy = self.trainer.strategy if self.trainer else None
+        fixed = self.hparams["pad_to_max_length"] or getattr(strategy, "static_shapes", False)
+        length = self.windowing.max_length if fixed else None
         return ResumableDataLoader(
             features,
             batch_size=batch_size,  # by name: Lightning makes loaders anew for `predict`

@@ -189,7 +189,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         optimizer = torch.optim.AdamW(
             decay_groups(self, self.hparams["weight_decay"]), lr=self.hparams["learning_rate"]
         )
-        total = int(self.trainer.estimated_stepping_batches)
+        total = self.estimated_updates()
         warmup = warmup_steps(total, self.hparams["warmup_ratio"], self.hparams["warmup_steps"])
         schedule = learning_rate_schedule(optimizer, self.hparams["lr_schedule"], warmup, total)
         return {

@@ -92,6 +92,18 @@ class PipelineModule:
             return self._executor.output(batch)
         return self.stage_forward(self.pipeline_blocks(), None, batch)
 
+    def estimated_updates(self) -> int:
+        """Return the weight updates of the whole `fit`, for learning rate schedules.
+
+        Lightning's `trainer.estimated_stepping_batches` counts batches, and on IPUs a batch may be
+        several updates (`device_iterations`).
+        """
+        trainer: Any = self.trainer  # type: ignore[attr-defined]
+        updates = trainer.estimated_stepping_batches * getattr(
+            trainer.strategy, "updates_per_batch", 1
+        )
+        return int(updates if trainer.max_steps == -1 else min(updates, trainer.max_steps))
+
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Do as Lightning does, where there are gradients.
 

@@ -16,9 +16,10 @@ from lightning_ipu_bert.pipeline.ipu_config import IPUConfig
 FILE_NAME = "ipu_config.json"
 
 
-def load_ipu_config(
-    source: Union[str, Path, Mapping[str, Any], IPUConfig, None], pod_type: Optional[str] = None
-) -> IPUConfig:
+Source = Union[str, Path, Mapping[str, Any], IPUConfig, None]
+
+
+def load_ipu_config(source: Source, pod_type: Optional[str] = None) -> IPUConfig:
     """Return the config that a file, a folder, a name of the hub or a dictionary holds.
 
     Args:
@@ -28,10 +29,20 @@ def load_ipu_config(
     Raises:
         UserError: If there is none, or a field of it is unknown or breaks a rule.
     """
+    return IPUConfig.from_dict(read_values(source), pod_type)
+
+
+def read_values(source: Source) -> Mapping[str, Any]:
+    """Return the fields that a source names, and no others.
+
+    Raises:
+        UserError: If there is no such file.
+    """
     if isinstance(source, IPUConfig):
+        return source.to_dict()
+    if isinstance(source, Mapping):
         return source
-    values = source if isinstance(source, Mapping) else _read(str(source)) if source else {}
-    return IPUConfig.from_dict(values, pod_type)
+    return _read(str(source)) if source else {}
 
 
 def save_ipu_config(config: IPUConfig, folder: Path) -> Path:

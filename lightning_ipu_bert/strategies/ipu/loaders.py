@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Se
 from lightning_ipu_bert.pipeline.batches import micro_batch_size_of
 from lightning_ipu_bert.pipeline.ipu_config import Graph
 from lightning_ipu_bert.pipeline.ipu_rules import check_enough_data
+from lightning_ipu_bert.strategies.ipu.loader_class import loader_like
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
 LoaderMode = Literal["sync", "async", "async_rebatched"]
@@ -43,9 +44,7 @@ def ipu_loader(
         examples = len(getattr(loader, "sampler", None) or loader.dataset)  # type: ignore[arg-type]
         check_enough_data(examples, micro_batch_size, graph)
         _say_what_is_dropped(examples, micro_batch_size * graph.micro_batches_per_call)
-    from lightning_ipu_bert.strategies.ipu.poptorch_loader import IPUDataLoader
-
-    return IPUDataLoader.like(
+    return loader_like(
         loader,
         options=options,
         drop_last=graph.training,

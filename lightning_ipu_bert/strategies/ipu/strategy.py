@@ -22,11 +22,11 @@ from torch.optim import Optimizer
 
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.config import PipelineConfig
-from lightning_ipu_bert.pipeline.ipu_config import IPUConfig
+from lightning_ipu_bert.pipeline.ipu_config import SPELLINGS, IPUConfig
 from lightning_ipu_bert.pipeline.partition import device_allocation, partition
 from lightning_ipu_bert.strategies.ipu import checks
 from lightning_ipu_bert.strategies.ipu.accelerator import IPUAccelerator
-from lightning_ipu_bert.strategies.ipu.config_file import load_ipu_config, save_ipu_config
+from lightning_ipu_bert.strategies.ipu.config_file import read_values, save_ipu_config
 from lightning_ipu_bert.strategies.ipu.executor import IPUExecutor
 from lightning_ipu_bert.strategies.ipu.loaders import LoaderMode, ipu_loader
 from lightning_ipu_bert.strategies.ipu.optimizer import Extras, IPUOptimizer
@@ -106,7 +106,8 @@ class IPUStrategy(ParallelStrategy):
             UserError: If the plan breaks a rule.
         """
         _check_shape_of_plan(stages_per_rank, schedule)
-        base = load_ipu_config(ipu_config, pod_type)
+        given = read_values(ipu_config)
+        base = IPUConfig.from_dict(given, pod_type)
         plan = {
             "layers_per_stage": layers_per_stage,
             "replication_factor": replication_factor,
@@ -132,8 +133,13 @@ class IPUStrategy(ParallelStrategy):
         self._loaded: Dict[str, Any] = {}
         self._every_update: List[Any] = []
         self._cleanup = ExitStack()
-        self._overridden = plan if ipu_config else {}
-        self._base = base
+        self._overridden = {
+            name: value
+            for name, value in plan.items()
+            if value is not None
+            and SPELLINGS.get(name, name) in given
+            and value != getattr(base, SPELLINGS.get(name, name))
+        }
 
     # --- what Lightning asks ----------------------------------------------------------------------
 
@@ -358,9 +364,7 @@ class IPUStrategy(ParallelStrategy):
 
     def _print_plan(self) -> None:
         for name, value in self._overridden.items():
-            field = "layers_per_ipu" if name == "layers_per_stage" else name
-            if value is not None and value != getattr(self._base, field):
-                rank_zero_info(f"Overriding IPU config: {name}={value}")
+            rank_zero_info(f"Overriding IPU config: {name}={value}")
         for field, reason in self.ipu_config.ignored():
             rank_zero_info(f"IPU config: {field} has no effect: {reason}.")
         if self.ipu_config.replicated_tensor_sharding and not self.ipu_config.shards_optimizer:
@@ -377,12 +381,10 @@ class IPUStrategy(ParallelStrategy):
 
     def on_train_start(self) -> None:
         """Say how many updates there will be; or compile and end, if nothing else is asked for."""
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        total = trainer.estimated_stepping_batches
-        if total != float("inf"):
-            total = int(total) * (1 if trainer.max_steps > 0 else self.updates_per_batch)
-            rank_zero_info(f"Total optimization steps: {total:,}")
+        module: Any = self.lightning_module
+        trainer = module.trainer
+        if trainer.estimated_stepping_batches != float("inf"):
+            rank_zero_info(f"Total optimization steps: {module.estimated_updates():,}")
         if self._compile_only:
             self._compile_and_end(trainer)
 

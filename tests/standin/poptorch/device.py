@@ -1,0 +1,39 @@
+"""The IPUs of this machine: how many there are, who has them, and what travels to them."""
+
+from collections import Counter
+
+
+class Error(RuntimeError):
+    """What PopTorch raises."""
+
+
+class _Pool:
+    """IPUs, of which attached programs hold some."""
+
+    def __init__(self, size=16):
+        self.size = size
+        self.held = 0
+
+    def take(self, count):
+        if self.held + count > self.size:
+            none = "\nNo device found on the system" if count > self.size else ""
+            raise Error(f"Failed to acquire {count} IPU(s){none}")
+        self.held += count
+
+    def give(self, count):
+        self.held -= count
+
+
+POOL = _Pool()
+COUNTS = Counter()
+"""Copies of all weights (to_host, to_device) and of optimizers (set_optimizer), compilations."""
+
+
+def ipuHardwareIsAvailable(num_ipus: int = 1) -> bool:
+    """Whether there are so many at all, in use or not."""
+    return num_ipus <= POOL.size
+
+
+def ipuHardwareVersion() -> int:
+    assert POOL.size, "No IPU hardware available on this system"
+    return 2
