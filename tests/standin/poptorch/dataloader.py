@@ -77,9 +77,9 @@ class DataLoader(torch.utils.data.DataLoader):
     def __iter__(self):
         if self._accessor is not None:
             return iter(self._accessor)
-        return self._batches()
+        return self._whole_calls()
 
-    def _batches(self):
+    def _whole_calls(self):
         batches = super().__iter__()
         if not self._is_user_batch_sampler_set or self._num_batches_to_combine == 1:
             return batches
@@ -123,7 +123,7 @@ class AsynchronousDataAccessor:
         ours = self._loader.sampler
         object.__setattr__(self._loader.batch_sampler, "sampler", self._sampler)
         try:
-            for batch in self._loader._batches():
+            for batch in self._loader._whole_calls():
                 yield self._shared(batch)
         finally:
             object.__setattr__(self._loader.batch_sampler, "sampler", ours)
