@@ -6,6 +6,7 @@ from typing import Any, Dict, Iterator, Tuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
@@ -33,21 +34,31 @@ CLIPPING = (AdamW, Adam, SGD)
 """Those of PopTorch's optimizers that clip."""
 
 
-def check_module_and_plan(module: LightningModule, config: IPUConfig, auto_round: bool) -> None:
-    """Check that a module can be cut as planned, for training and for inference.
+def check_graphs(trainer: Trainer, module: LightningModule, config: IPUConfig, auto: bool) -> None:
+    """Check that a module can be cut as planned, for what the Trainer is about to do.
+
+    Args:
+        trainer: Knows whether it trains, evaluates, or does both.
+        module: The module.
+        config: How it runs.
+        auto: Whether more IPUs may be taken than are used.
 
     Raises:
         UserError: If it cannot.
     """
     check_module(module)
     blocks = list(module.pipeline_blocks())  # type: ignore[operator]
-    for graph in (config.training, config.inference):
+    trains = trainer.state.fn == TrainerFn.FITTING
+    graphs = [config.training] if trains else []
+    if not trains or trainer.enable_validation:
+        graphs.append(config.inference)
+    for graph in graphs:
         partition(blocks, graph.layers_per_ipu)
-        check_graph(graph, auto_round)
+        check_graph(graph, auto)
 
 
 def check_trainer(trainer: Trainer, module: LightningModule, config: IPUConfig) -> None:
-    """Check that the Trainer asks for nothing that IPUs do in another way or not at all.
+    """Check that a Trainer that trains asks for nothing that IPUs do in another way or not at all.
 
     Raises:
         UserError: If it does.
@@ -93,7 +104,7 @@ def _intervals(trainer: Trainer) -> Iterator[Tuple[str, int]]:
     """Name the numbers of updates at which something happens."""
     if trainer.max_steps and trainer.max_steps > 0:
         yield "max_steps", trainer.max_steps
-    if trainer.log_every_n_steps:  # type: ignore[attr-defined]
+    if trainer.loggers and trainer.log_every_n_steps:  # type: ignore[attr-defined]
         yield "log_every_n_steps", trainer.log_every_n_steps  # type: ignore[attr-defined]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps:

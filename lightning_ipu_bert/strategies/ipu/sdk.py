@@ -7,20 +7,20 @@ from types import ModuleType
 from typing import Any, Optional
 
 from lightning_ipu_bert.errors import UserError
-from lightning_ipu_bert.pipeline.config import PipelineConfig
 
 INSTEAD = (
-    "--trainer.accelerator cpu (or gpu) --trainer.devices {devices} --trainer.strategy "
-    "lightning_ipu_bert.PipelineParallelStrategy --trainer.precision 32-true"
+    "--trainer.accelerator cpu --trainer.precision 32-true --trainer.strategy.class_path "
+    "lightning_ipu_bert.PipelineParallelStrategy {flags} (on GPUs: --trainer.accelerator gpu "
+    "--trainer.precision bf16-mixed)"
 )
 """Flags that run a plan without IPUs."""
 
 
-def import_poptorch(plan: Optional[PipelineConfig] = None) -> Any:
+def import_poptorch(flags: str = "--trainer.devices N") -> Any:
     """Return PopTorch.
 
     Args:
-        plan: What was to be run, for the message.
+        flags: What else runs the plan without it, for the message.
 
     Raises:
         UserError: If PopTorch is not there, or belongs to another torch.
@@ -29,11 +29,10 @@ def import_poptorch(plan: Optional[PipelineConfig] = None) -> Any:
         return import_module("poptorch")
     except (ImportError, AssertionError) as error:  # asserts its one version of torch
         reason = str(error).splitlines()[0]
-        instead = INSTEAD.format(devices=plan.world_size if plan else 1)
         raise UserError(
             f"accelerator='ipu' needs PopTorch, which cannot be imported ({reason}). It comes with "
             "Graphcore's Poplar SDK 3.4 (https://docs.graphcore.ai) and torch 2.0.1. "
-            f"To run the same plan without IPUs: {instead}"
+            f"To run the same plan without IPUs: {INSTEAD.format(flags=flags)}"
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Callable, Dict, List, Mapping, Optional, Union
@@ -133,6 +134,7 @@ class IPUStrategy(ParallelStrategy):
         self._loaded: Dict[str, Any] = {}
         self._every_update: List[Any] = []
         self._cleanup = ExitStack()
+        self._plan = plan
         self._overridden = {
             name: value
             for name, value in plan.items()
@@ -260,20 +262,16 @@ class IPUStrategy(ParallelStrategy):
 
     # --- before the run ---------------------------------------------------------------------------
 
-    def connect(self, model: LightningModule) -> None:
-        """Check everything that can be checked before data are read or programs compiled."""
-        super().connect(model)
-        checks.check_module_and_plan(model, self.ipu_config, self._auto_round)
-        self._check_devices()
-
     def setup_environment(self) -> None:
-        """Say what will run where."""
-        import_poptorch(self.config)
+        """Check everything that can be checked before programs are compiled, and say the plan."""
         self.set_world_ranks()
         assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
+        module, trainer = self.lightning_module, self.lightning_module.trainer
+        checks.check_graphs(trainer, module, self.ipu_config, self._auto_round)
+        self._check_devices()
         if trainer.state.fn == TrainerFn.FITTING:
-            checks.check_trainer(trainer, self.lightning_module, self.ipu_config)
+            checks.check_trainer(trainer, module, self.ipu_config)
+        import_poptorch(self._flags_without_ipus())
         self._print_plan()
 
     def setup(self, trainer: Trainer) -> None:
@@ -361,6 +359,15 @@ class IPUStrategy(ParallelStrategy):
                 f"replication_factor={self.config.replication_factor}. Set devices to {needed}, "
                 "leave it out, or change the plan."
             )
+
+    def _flags_without_ipus(self) -> str:
+        """Return the flags that run this plan on CPUs; what is given by its own name stays."""
+        flags = [f"--trainer.devices {self.config.world_size}"]
+        for field in fields(PipelineConfig):
+            value = getattr(self.config, field.name)
+            if self._plan.get(field.name) is None and value != field.default:
+                flags.append(f"--trainer.strategy.init_args.{field.name} {value}")
+        return " ".join(flags)
 
     def _print_plan(self) -> None:
         for name, value in self._overridden.items():

@@ -1,0 +1,16 @@
+"""Every test has 16 IPUs of its own, and counters at zero."""
+
+import gc
+
+import poptorch
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def ipus(monkeypatch):
+    """The pool of IPUs."""
+    gc.collect()  # programs that earlier tests have left
+    poptorch.device.COUNTS.clear()
+    poptorch.device.POOL.held = 0
+    monkeypatch.setattr(poptorch.device.POOL, "size", 16)
+    return poptorch.device.POOL
