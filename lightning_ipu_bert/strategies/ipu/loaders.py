@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Dict, Literal
 
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    SequentialSampler,
+)
 
 from lightning_ipu_bert.pipeline.batches import micro_batch_size_of
 from lightning_ipu_bert.pipeline.ipu_config import Graph
@@ -40,30 +47,40 @@ def ipu_loader(
         return loader
     batches = _batch_arguments(loader, graph, accumulation)
     if graph.training and not isinstance(loader.dataset, IterableDataset):
-        micro_batch_size = batches.get("batch_size") or loader.batch_sampler.batch_size  # type: ignore[union-attr]
-        examples = len(getattr(loader, "sampler", None) or loader.dataset)  # type: ignore[arg-type]
+        sampler = batches.get("batch_sampler") or batches["sampler"]
+        whole = "batch_sampler" in batches
+        micro_batch_size = sampler.batch_size if whole else batches["batch_size"]
+        examples = len(sampler) * (micro_batch_size if whole else 1)
         check_enough_data(examples, micro_batch_size, graph)
         _say_what_is_dropped(examples, micro_batch_size * graph.micro_batches_per_call)
-    return loader_like(
+    result = loader_like(
         loader,
         options=options,
         drop_last=graph.training,
         mode=getattr(poptorch.DataLoaderMode, MODES[mode]),
         **batches,
     )
+    if isinstance(loader.batch_sampler, _IndexBatchSamplerWrapper):
+        # `predict` wants to know which examples stood in which batch; torch guards the attribute.
+        wrapper = _IndexBatchSamplerWrapper(result.batch_sampler)
+        object.__setattr__(result, "batch_sampler", wrapper)
+    return result
 
 
 def _batch_arguments(loader: Any, graph: Graph, accumulation: int) -> Dict[str, Any]:
     """Return what decides which examples stand in which micro-batch."""
     if isinstance(loader.dataset, IterableDataset):
         return {"batch_size": _micro_batch_size(loader.batch_size, graph, accumulation)}
-    if loader.batch_size is None:
-        return {"batch_sampler": loader.batch_sampler}
-    sampler = loader.sampler
+    batches = loader.batch_sampler
+    if isinstance(batches, _IndexBatchSamplerWrapper):  # Lightning's, around any, for `predict`
+        batches = batches._batch_sampler
+    if type(batches) is not BatchSampler:
+        return {"batch_sampler": batches}
+    sampler = batches.sampler
     if not graph.training and isinstance(sampler, DistributedSampler):
-        sampler = SequentialSampler(loader.dataset)  # every host evaluates everything
+        sampler = SequentialSampler(loader.dataset)  # every process evaluates everything
     return {
-        "batch_size": _micro_batch_size(loader.batch_size, graph, accumulation),
+        "batch_size": _micro_batch_size(batches.batch_size, graph, accumulation),
         "sampler": sampler,
     }
 
