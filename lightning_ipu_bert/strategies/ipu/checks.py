@@ -34,6 +34,12 @@ CLIPPING = (AdamW, Adam, SGD)
 """Those of PopTorch's optimizers that clip."""
 
 
+SEVERAL_OPTIMIZERS = (
+    "configure_optimizers gives several optimizers or none, and IPUs run exactly one. Return one; "
+    "it may have several parameter groups."
+)
+
+
 def check_graphs(trainer: Trainer, module: LightningModule, config: IPUConfig, auto: bool) -> None:
     """Check that a module can be cut as planned, for what the Trainer is about to do.
 
@@ -118,10 +124,7 @@ def check_optimizers(optimizers: Any, clip: float, lamb: bool) -> Optimizer:
         UserError: If there are several, or PopTorch has no such one.
     """
     if len(optimizers) != 1:
-        raise UserError(
-            f"configure_optimizers gives {len(optimizers)} optimizers, and IPUs run exactly one. "
-            "Return one; it may have several parameter groups."
-        )
+        raise UserError(SEVERAL_OPTIMIZERS)
     optimizer: Optimizer = optimizers[0]
     name = type(optimizer).__name__
     if not isinstance(optimizer, OPTIMIZERS):

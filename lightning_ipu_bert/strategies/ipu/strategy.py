@@ -296,6 +296,15 @@ class IPUStrategy(ParallelStrategy):
             )
         self.setup_precision_plugin()
 
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Create the module's optimizer and schedules."""
+        try:
+            super().setup_optimizers(trainer)
+        except RuntimeError as error:
+            if "multiple optimizers" in str(error):  # Lightning's own words
+                raise UserError(checks.SEVERAL_OPTIMIZERS) from error
+            raise
+
     def _setup_ipu_optimizer(self, trainer: Trainer) -> None:
         half = isinstance(self.precision_plugin, IPUPrecision) and self.precision_plugin.half
         clip = trainer.gradient_clip_val or 0.0

@@ -1,0 +1,215 @@
+"""Checkpoints know no layout: from IPUs to other IPUs, to one process, to ranks, and back."""
+
+import importlib.util
+import json
+import warnings
+
+import lightning.pytorch as pl
+import poptorch
+import pytest
+import torch
+from ipu_runs import (
+    Losses,
+    ipu_strategy,
+    ipu_trainer,
+    loader,
+    plain_trainer,
+    weights_of,
+    with_adamw,
+)
+from lightning.pytorch.callbacks import ModelCheckpoint
+from models import GLOBAL_BATCH, ZERO
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_ipu_bert import IPUConfig
+from lightning_ipu_bert.model.checkpoint import AtomicCheckpointIO
+
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+
+UPDATES = 4
+LAYOUTS = {
+    "the same": {},
+    "1x1": {"layers_per_stage": [6], "replication_factor": 1, "gradient_accumulation_steps": 16},
+    "1x2": {"layers_per_stage": [6]},
+    "4x1": {
+        "layers_per_stage": [1, 2, 2, 1],
+        "replication_factor": 1,
+        "gradient_accumulation_steps": 8,
+        "ipu_config": {"inference_device_iterations": 4},
+    },
+    "RTS": {"replicated_tensor_sharding": True},
+}
+
+
+def run(folder, layout, epochs, ckpt_path=None, dropout=0.0, **options):
+    """Train; a layout of None is one plain process."""
+    module, examples = with_adamw("bert", UPDATES)
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = dropout
+    losses, keeper = Losses(), ModelCheckpoint(folder, filename="kept", save_top_k=-1)
+    if layout is None:
+        trainer = plain_trainer(folder, losses, keeper, max_epochs=epochs, **options)
+        replicas = 1
+    else:
+        strategy = ipu_strategy(**layout)
+        replicas = layout.get("replication_factor", 2)
+        trainer = ipu_trainer(
+            folder, losses, keeper, strategy=strategy, max_epochs=epochs, **options
+        )
+    pl.seed_everything(7)
+    trainer.fit(module, loader(examples, replicas), ckpt_path=ckpt_path)
+    return losses.losses, weights_of(module), folder / "kept.ckpt"
+
+
+def close(found, expected):
+    for name, weight in found.items():
+        if not name.endswith(ZERO):
+            difference = (weight - expected[name]).norm()
+            assert difference <= 1e-4 * expected[name].norm(), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Two epochs in one plain process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        losses, weights, _ = run(tmp_path_factory.mktemp("whole"), None, 2)
+    return losses, weights
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ipus_go_on_from_ipus_of_another_layout(layout, uninterrupted, tmp_path):
+    first, _, path = run(tmp_path / "a", {}, 1)
+    second, weights, _ = run(tmp_path / "b", LAYOUTS[layout], 2, ckpt_path=path)
+    assert first + second == pytest.approx(uninterrupted[0], rel=1e-5)
+    close(weights, uninterrupted[1])
+
+
+def test_ipus_go_on_from_one_process_and_back(uninterrupted, tmp_path):
+    first, _, path = run(tmp_path / "a", None, 1)
+    second, weights, _ = run(tmp_path / "b", {}, 2, ckpt_path=path)
+    assert first + second == pytest.approx(uninterrupted[0], rel=1e-5)
+    close(weights, uninterrupted[1])
+
+    first, _, path = run(tmp_path / "c", {}, 1)
+    second, weights, _ = run(tmp_path / "d", None, 2, ckpt_path=path)
+    assert first + second == pytest.approx(uninterrupted[0], rel=1e-5)
+    close(weights, uninterrupted[1])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch.distributed.pipelining") is None,
+    reason="pipelines of ranks need torch.distributed.pipelining",
+)
+def test_a_pipeline_of_ranks_goes_on_from_ipus_and_back(uninterrupted, tmp_path):
+    from ranks import run_ranks
+
+    first, _, path = run(tmp_path / "a", {}, 1)
+    results = run_ranks(2, on_ranks, str(tmp_path / "b"), str(path), 2)
+    assert first + results[0][0] == pytest.approx(uninterrupted[0], rel=1e-5)
+    close(results[0][1], uninterrupted[1])
+
+    results = run_ranks(2, on_ranks, str(tmp_path / "c"), None, 1)
+    second, weights, _ = run(tmp_path / "d", {}, 2, ckpt_path=tmp_path / "c" / "kept.ckpt")
+    assert results[0][0] + second == pytest.approx(uninterrupted[0], rel=1e-5)
+    close(weights, uninterrupted[1])
+
+
+def on_ranks(folder, ckpt_path, epochs):
+    from lightning_ipu_bert import PipelineParallelStrategy
+
+    warnings.simplefilter("ignore")
+    module, examples = with_adamw("bert", UPDATES)
+    losses, keeper = Losses(), ModelCheckpoint(folder, filename="kept", save_top_k=-1)
+    strategy = PipelineParallelStrategy(layers_per_stage=[3, 3], gradient_accumulation_steps=8)
+    trainer = plain_trainer(folder, losses, keeper, strategy=strategy, devices=2, max_epochs=epochs)
+    sampler = DistributedSampler(examples, 1, 0, shuffle=False)
+    trainer.fit(module, DataLoader(examples, GLOBAL_BATCH, sampler=sampler), ckpt_path=ckpt_path)
+    return losses.losses, weights_of(module)
+
+
+def test_dropout_masks_go_on_where_they_stopped(tmp_path):
+    whole, _, _ = run(tmp_path / "a", {}, 2, dropout=0.3)
+    first, _, path = run(tmp_path / "b", {}, 1, dropout=0.3)
+    second, _, _ = run(tmp_path / "c", {}, 2, ckpt_path=path, dropout=0.3)
+    assert first + second == whole
+    again, _, _ = run(tmp_path / "d", {}, 1, dropout=0.3)
+    assert again == first  # one seed, one run
+    other, _, _ = run(tmp_path / "e", {}, 2, ckpt_path=without_rng(path), dropout=0.3)
+    assert first + other != whole
+
+
+def without_rng(path):
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["ipu"]["rng_state"] = None
+    torch.save(checkpoint, path.with_name("without.ckpt"))
+    return path.with_name("without.ckpt")
+
+
+def test_on_other_ipus_only_the_seed_goes_on_and_a_line_says_so(tmp_path, caplog):
+    _, _, path = run(tmp_path / "a", {}, 1, dropout=0.3)
+    run(tmp_path / "b", {"layers_per_stage": [6]}, 2, ckpt_path=path, dropout=0.3)
+    assert "belongs to another number of IPUs; only its seed is taken over" in caplog.text
+
+
+def test_a_checkpoint_is_plain_and_its_config_lies_beside_it(tmp_path):
+    _, weights, path = run(tmp_path, {"replicated_tensor_sharding": True}, 1)
+    checkpoint = torch.load(path, weights_only=True)
+    assert list(checkpoint["state_dict"]) == list(weights)
+    assert {type(v) for v in checkpoint["state_dict"].values()} == {torch.Tensor}
+    state = checkpoint["optimizer_states"][0]["state"]
+    assert len(state) == len(weights)
+    assert set(state[0]) == {"exp_avg", "exp_avg_sq", "step"}
+    assert float(state[0]["step"]) == UPDATES
+    config = IPUConfig.from_dict(json.loads((tmp_path / "ipu_config.json").read_text()))
+    assert config.replicated_tensor_sharding
+    assert config.layers_per_ipu == [3, 3]
+
+
+def test_half_precision_goes_on_as_if_nothing_had_been(tmp_path):
+    options = {"precision": "16-true"}
+    layout = {"ipu_config": {"enable_half_first_order_momentum": True}}
+    whole, expected, _ = run(tmp_path / "a", layout, 2, **options)
+    first, _, path = run(tmp_path / "b", layout, 1, **options)
+    second, weights, _ = run(tmp_path / "c", layout, 2, ckpt_path=path, **options)
+    assert first + second == whole
+    assert all((weights[name] == expected[name]).all() for name in weights)
+
+
+def test_state_that_cannot_be_carried_is_named(tmp_path, caplog):
+    def momentum(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+    paths = []
+    for epochs in (1, 2):
+        module, examples = with_adamw("language model")
+        type(module).configure_optimizers = momentum
+        keeper = ModelCheckpoint(tmp_path / str(epochs), filename="kept")
+        trainer = (
+            ipu_trainer(tmp_path, keeper, max_epochs=epochs)
+            if epochs == 2
+            else (plain_trainer(tmp_path, keeper))
+        )
+        path = paths[0] if paths else None
+        trainer.fit(module, loader(examples, 1 if epochs == 1 else 2), ckpt_path=path)
+        paths.append(tmp_path / str(epochs) / "kept.ckpt")
+    assert "The state of SGD in the checkpoint cannot be given to the IPUs" in caplog.text
+
+
+def test_a_save_that_is_interrupted_leaves_the_last_one_whole(tmp_path, monkeypatch):
+    module, examples = with_adamw("bert")
+    trainer = ipu_trainer(tmp_path, plugins=[AtomicCheckpointIO()])
+    trainer.fit(module, loader(examples))
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    before = (tmp_path / "kept.ckpt").read_bytes()
+
+    def interrupted(checkpoint, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.strategy.save_checkpoint({}, tmp_path / "kept.ckpt")
+    assert (tmp_path / "kept.ckpt").read_bytes() == before
+    assert poptorch.device.POOL.held == 0

@@ -1,0 +1,233 @@
+"""What IPUs do not do is said in one line, before anything is compiled."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import poptorch
+import pytest
+import torch
+from ipu_runs import ipu_strategy, ipu_trainer, loader, with_adamw
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from models import make_model
+
+from lightning_ipu_bert import IPUAccelerator, IPUStrategy, UserError
+
+
+class TwoOptimizers:
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.parameters(), 0.1) for _ in range(2)]
+
+
+class WithLBFGS:
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
+
+
+class WithRMSprop:
+    def configure_optimizers(self):
+        return torch.optim.RMSprop(self.parameters())
+
+
+class WithAmsgrad:
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), amsgrad=True)
+
+
+class ByHand:
+    automatic_optimization = False
+
+
+class OwnClipping:
+    def configure_gradient_clipping(self, *args, **kwargs):
+        pass
+
+
+class OddSchedule:
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        return [optimizer], [{"scheduler": schedule, "interval": "step", "frequency": 3}]
+
+
+class ScaledLoss:
+    def training_step(self, batch, batch_idx):
+        return 0.5 * self.run_loss(batch)
+
+
+class OutputInTraining:
+    def training_step(self, batch, batch_idx):
+        self.run_output(batch)
+        return self.run_loss(batch)
+
+
+class NumberInBatch:
+    def stage_forward(self, blocks, hidden, batch):
+        return super().stage_forward(blocks, hidden, batch)
+
+    def training_step(self, batch, batch_idx):
+        return self.run_loss({**batch, "weight": torch.tensor(2.0)})
+
+
+TWICE = {"ipu_config": {"device_iterations": 2}}
+REFUSALS = {
+    "two optimizers": (TwoOptimizers, {}, {}, "gives several optimizers or none"),
+    "LBFGS": (WithLBFGS, {}, {}, "LBFGS is not possible on IPUs"),
+    "amsgrad": (WithAmsgrad, {}, {}, r"AdamW\(amsgrad=True\)"),
+    "manual optimization": (ByHand, {}, {}, "optimizes manually"),
+    "accumulation of the Trainer": (None, {"accumulate_grad_batches": 2}, {}, "must be 1 on IPUs"),
+    "clipping by value": (
+        None,
+        {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
+        {},
+        "clips by norm only",
+    ),
+    "clipping of RMSprop": (WithRMSprop, {"gradient_clip_val": 1.0}, {}, "with RMSprop"),
+    "clipping of LAMB": (None, {"gradient_clip_val": 1.0}, {"lamb": True}, "with LAMB"),
+    "own clipping": (OwnClipping, {}, {}, "overrides configure_gradient_clipping"),
+    "SWA": (None, {"callbacks": [StochasticWeightAveraging(0.1)]}, {}, "StochasticWeightAveraging"),
+    "GradientAccumulationScheduler": (
+        None,
+        {"callbacks": [GradientAccumulationScheduler({1: 1})]},
+        {},
+        "compiled into the program",
+    ),
+    "max_steps": (None, {"max_steps": 3}, TWICE, "max_steps=3 is no multiple of device_iterat"),
+    "every_n_train_steps": (
+        None,
+        {"callbacks": [ModelCheckpoint(every_n_train_steps=3)], "enable_checkpointing": True},
+        TWICE,
+        "every_n_train_steps=3",
+    ),
+    "log_every_n_steps": (
+        None,
+        {"logger": CSVLogger("unused"), "log_every_n_steps": 5},
+        TWICE,
+        "log_every_n_steps=5",
+    ),
+    "frequency of a schedule": (OddSchedule, {}, TWICE, "frequency=3 updates"),
+    "scaled loss": (ScaledLoss, {}, {}, "was multiplied by 0.5 after run_loss"),
+    "run_output in training": (OutputInTraining, {}, {}, "would change programs on the IPUs"),
+    "numbers in a batch": (NumberInBatch, {}, {}, r"holds a tensor of shape \[\]"),
+    "devices": (None, {"devices": 8}, {}, "devices=8 does not fit 2 stages x"),
+    "accumulation": (None, {}, {"gradient_accumulation_steps": 2}, "the 3 training stages"),
+    "layers": (None, {}, {"layers_per_stage": [3, 4]}, "the model has 6"),
+    "number of IPUs": (
+        None,
+        {},
+        {"layers_per_stage": [2, 2, 2], "gradient_accumulation_steps": 8},
+        "powers of two",
+    ),
+    "serialization": (
+        None,
+        {},
+        {"ipu_config": {"embedding_serialization_factor": 3}},
+        "does not divide the 50 rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_fit_refuses(case, tmp_path):
+    mixin, options, plan, message = REFUSALS[case]
+    module, examples = with_adamw("bert", updates=4)
+    if mixin is not None:
+        module.__class__ = type("Mine", (mixin, type(module)), {})
+    trainer = ipu_trainer(tmp_path, strategy=ipu_strategy(**plan), **options)
+    with pytest.raises(UserError, match=message) as caught:
+        trainer.fit(module, loader(examples))
+    assert "\n" not in str(caught.value)
+    if case not in ("scaled loss",):
+        assert poptorch.device.COUNTS["to_device"] == 0
+
+
+def test_inference_that_cannot_be_filled_is_refused_only_where_there_is_some(tmp_path):
+    plan = {"ipu_config": {"inference_device_iterations": 1}}
+    module, examples = with_adamw("bert")
+    ipu_trainer(tmp_path, strategy=ipu_strategy(**plan)).fit(module, loader(examples))
+    with pytest.raises(UserError, match="cannot fill the 2 stages of inference"):
+        ipu_trainer(tmp_path, strategy=ipu_strategy(**plan)).validate(module, loader(examples))
+    plan["ipu_config"]["sharded_execution_for_inference"] = True
+    ipu_trainer(tmp_path, strategy=ipu_strategy(**plan)).validate(module, loader(examples))
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.filterwarnings("ignore:.*GradScaler is enabled, but CUDA is not available")
+def test_other_precisions_are_refused(precision, tmp_path):
+    with pytest.raises(UserError, match=f"precision='{precision}' is not supported on IPUs"):
+        ipu_trainer(tmp_path, precision=precision)
+
+
+@pytest.mark.parametrize("changes", [{"stages_per_rank": 2}, {"schedule": "gpipe"}])
+def test_what_only_ranks_have_is_refused(changes):
+    with pytest.raises(UserError, match="is not possible on IPUs"):
+        ipu_strategy(**changes)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_ipus_with_another_strategy_are_refused_and_nothing_is_started(strategy, tmp_path):
+    module, examples = make_model("language model")
+    trainer = ipu_trainer(tmp_path, strategy=strategy, devices=4)
+    with pytest.raises(UserError, match="accelerator='ipu' works with IPUStrategy"):
+        trainer.fit(module, loader(examples))
+
+
+@pytest.mark.parametrize("devices", ["auto", -1, 4, "4", [0, 1, 2, 3]])
+def test_devices_are_ipus(devices, tmp_path):
+    trainer = ipu_trainer(tmp_path, devices=devices)
+    assert trainer.num_devices == 4
+    assert isinstance(trainer.accelerator, IPUAccelerator)
+
+
+def test_devices_that_are_no_number_are_refused(tmp_path):
+    with pytest.raises(UserError, match="devices='many' is no number of IPUs"):
+        ipu_trainer(tmp_path, devices="many")
+
+
+@pytest.mark.parametrize("given", [{"strategy": "ipu_pipeline"}, {"accelerator": "auto"}])
+def test_the_strategy_alone_means_ipus(given, tmp_path):
+    options = {"strategy": ipu_strategy(), "accelerator": "auto", **given}
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, **options)
+    assert isinstance(trainer.strategy, IPUStrategy)
+    assert isinstance(trainer.accelerator, IPUAccelerator)
+
+
+def test_without_the_sdk_one_line_says_what_is_missing_and_what_runs_instead(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "poptorch", None)
+    module, examples = with_adamw("bert")
+    trainer = ipu_trainer(tmp_path)
+    with pytest.raises(UserError) as caught:
+        trainer.fit(module, loader(examples))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert re.search(r"needs PopTorch.*Poplar SDK 3.4.*torch 2.0.1", message)
+    assert "--trainer.devices 4" in message
+    assert "--trainer.strategy.class_path lightning_ipu_bert.PipelineParallelStrategy" in message
+
+
+def test_the_flags_name_what_only_the_ipu_config_says(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "poptorch", None)
+    strategy = IPUStrategy(
+        ipu_config={
+            "layers_per_ipu": [3, 3],
+            "replication_factor": 2,
+            "gradient_accumulation_steps": 4,
+        }
+    )
+    module, examples = with_adamw("bert")
+    with pytest.raises(UserError, match=r"init_args\.replication_factor 2"):
+        ipu_trainer(tmp_path, strategy=strategy).fit(module, loader(examples))
+
+
+def test_the_package_needs_no_sdk():
+    """In a process whose path has no stand-in."""
+    code = "import lightning_ipu_bert, sys; assert 'poptorch' not in sys.modules"
+    root = Path(__file__).parents[3]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
