@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 
@@ -142,13 +142,19 @@ class IPUConfig:
         check_config(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], pod_type: Optional[str] = None) -> IPUConfig:
+    def from_dict(
+        cls,
+        values: Mapping[str, Any],
+        pod_type: Optional[str] = None,
+        plan: Optional[Mapping[str, Any]] = None,
+    ) -> IPUConfig:
         """Create a config from the content of an `ipu_config.json` of either generation.
 
         Args:
             values: Graphcore's fields, or those of `PipelineConfig`. A value may be a dictionary by
                 pod type, e.g. {pod4: 1, pod16: 4, default: 1}.
             pod_type: Which of such values to take.
+            plan: Values that take the place of those; None leaves one as it is.
 
         Raises:
             UserError: If a name is unknown, or a value breaks a rule.
@@ -165,7 +171,10 @@ class IPUConfig:
                     f"{name}={value!r} is no field of an IPU config. Did you mean '{near}'?"
                 )
             given[name] = _for_pod(name, value, pod_type)
-        return cls(**given)
+        new = {SPELLINGS.get(k, k): v for k, v in (plan or {}).items() if v is not None}
+        if "layers_per_ipu" in new:
+            given.pop("ipus_per_replica", None)  # it belonged to the other layers
+        return cls(**{**given, **new})
 
     def to_dict(self) -> Dict[str, Any]:
         """Return the fields that the newest generation knows, and of the rest those that are set.
@@ -179,13 +188,6 @@ class IPUConfig:
             for name, value in values.items()
             if name not in OLD_FIELDS or value != getattr(defaults, name)
         }
-
-    def with_plan(self, **plan: Any) -> IPUConfig:
-        """Return the config with other values of the plan; None leaves a value as it is."""
-        given = {SPELLINGS.get(k, k): v for k, v in plan.items() if v is not None}
-        if "layers_per_ipu" in given:
-            given.setdefault("ipus_per_replica", None)
-        return replace(self, **given)
 
     @property
     def plan(self) -> PipelineConfig:
@@ -246,10 +248,11 @@ class IPUConfig:
     def ignored(self) -> List[Tuple[str, str]]:
         """Return the fields that are set and have no effect, each with the reason."""
         defaults = IPUConfig()
+        values = {name: getattr(self, name) for name in WITHOUT_EFFECT}
         return [
-            (f"{name}={getattr(self, name)!r}", reason)
-            for name, reason in WITHOUT_EFFECT.items()
-            if (getattr(self, name) or None) not in (None, 1, getattr(defaults, name))
+            (f"{name}={value!r}", WITHOUT_EFFECT[name])
+            for name, value in values.items()
+            if value != getattr(defaults, name) and repr(value) != "1"  # one part is no part
         ]
 
 
@@ -283,13 +286,12 @@ def _for_pod(name: str, value: Any, pod_type: Optional[str]) -> Any:
         return value
     if pod_type is not None and pod_type not in POD_TYPES:
         raise UserError(f"pod_type={pod_type!r} is unknown. Use one of {', '.join(POD_TYPES)}.")
-    key = pod_type or "default"
-    if key not in value:
+    if pod_type not in value and "default" not in value:
         raise UserError(
-            f"{name}={dict(value)} has no value for {key}. "
-            f"Give pod_type, one of {', '.join(k for k in value if k != 'default')}."
+            f"{name}={dict(value)} has no value for {pod_type or 'default'}. "
+            f"Give pod_type, one of {', '.join(value)}."
         )
-    return value[key]
+    return value[pod_type] if pod_type in value else value["default"]
 
 
 def _layers(layers: List[int], ipus: Optional[int]) -> List[int]:

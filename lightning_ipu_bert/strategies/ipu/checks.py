@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Iterator, Tuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -29,10 +29,6 @@ REFUSED = {
 
 OPTIMIZERS = (AdamW, Adam, SGD, RMSprop)
 """What PopTorch has of torch's."""
-
-CLIPPING = (AdamW, Adam, SGD)
-"""Those of PopTorch's optimizers that clip."""
-
 
 SEVERAL_OPTIMIZERS = (
     "configure_optimizers gives several optimizers or none, and IPUs run exactly one. Return one; "
@@ -117,11 +113,14 @@ def _intervals(trainer: Trainer) -> Iterator[Tuple[str, int]]:
             yield "every_n_train_steps", callback._every_n_train_steps
 
 
-def check_optimizers(optimizers: Any, clip: float, lamb: bool) -> Optimizer:
+def check_optimizers(
+    optimizers: Any, module: LightningModule, clip: float, lamb: bool
+) -> Optimizer:
     """Return the one optimizer.
 
     Raises:
-        UserError: If there are several, or PopTorch has no such one.
+        UserError: If there are several, or PopTorch has no such one, or it does something else than
+            torch's.
     """
     if len(optimizers) != 1:
         raise UserError(SEVERAL_OPTIMIZERS)
@@ -132,13 +131,37 @@ def check_optimizers(optimizers: Any, clip: float, lamb: bool) -> Optimizer:
         raise UserError(f"{name} is not possible on IPUs. PopTorch has {known}, and LAMB by lamb.")
     if lamb and not isinstance(optimizer, AdamW):
         raise UserError(f"lamb takes its numbers from an AdamW, and {name} was given. Use AdamW.")
-    if clip and (lamb or not isinstance(optimizer, CLIPPING)):
+    if clip and (lamb or not _clips_as_torch_does(optimizer)):
         raise UserError(
             f"gradient_clip_val={clip} is not possible with {'LAMB' if lamb else name}: PopTorch "
-            "clips for AdamW, Adam and SGD. Set it to null, or use one of them."
+            "clips as torch does for AdamW, and for Adam without weight decay. Set it to null, or "
+            "use one of them."
         )
-    groups: Dict[str, Any] = optimizer.param_groups[0]
-    for flag in ("amsgrad", "maximize", "centered"):
-        if groups.get(flag) and flag != "centered":
+    for flag in ("amsgrad", "maximize"):
+        if any(group.get(flag) for group in optimizer.param_groups):
             raise UserError(f"{name}({flag}=True) is not possible on IPUs. Leave {flag} out.")
+    _check_groups(optimizer, module)
     return optimizer
+
+
+def _clips_as_torch_does(optimizer: Optimizer) -> bool:
+    """Whether PopTorch clips the mean gradient.
+
+    SGD's norm is that of the sum over micro-batches, times the loss scaling; Adam's has the weight
+    decay in it. Source: PopART, transforms/clipweightgradientsbynorm.cpp.
+    """
+    if isinstance(optimizer, AdamW):
+        return True
+    decays = any(group["weight_decay"] for group in optimizer.param_groups)
+    return isinstance(optimizer, Adam) and not decays
+
+
+def _check_groups(optimizer: Optimizer, module: LightningModule) -> None:
+    """PopART trains what needs gradients but is in no group, by the optimizer's defaults."""
+    grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and id(parameter) not in grouped:
+            raise UserError(
+                f"The parameter {name} is in no group of {type(optimizer).__name__}, and IPUs would "
+                "train it all the same. Put it into one, or freeze it by requires_grad_(False)."
+            )

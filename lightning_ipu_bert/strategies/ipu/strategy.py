@@ -108,7 +108,6 @@ class IPUStrategy(ParallelStrategy):
         """
         _check_shape_of_plan(stages_per_rank, schedule)
         given = read_values(ipu_config)
-        base = IPUConfig.from_dict(given, pod_type)
         plan = {
             "layers_per_stage": layers_per_stage,
             "replication_factor": replication_factor,
@@ -117,7 +116,7 @@ class IPUStrategy(ParallelStrategy):
             "replicated_tensor_sharding": replicated_tensor_sharding,
             "optimizer_state_offchip": optimizer_state_offchip,
         }
-        self.ipu_config: IPUConfig = base.with_plan(**plan)
+        self.ipu_config = IPUConfig.from_dict(given, pod_type, plan)
         """How the model runs on IPUs."""
         super().__init__(
             accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin
@@ -138,9 +137,7 @@ class IPUStrategy(ParallelStrategy):
         self._overridden = {
             name: value
             for name, value in plan.items()
-            if value is not None
-            and SPELLINGS.get(name, name) in given
-            and value != getattr(base, SPELLINGS.get(name, name))
+            if value is not None and given.get(SPELLINGS.get(name, name), value) != value
         }
 
     # --- what Lightning asks ----------------------------------------------------------------------
@@ -308,7 +305,9 @@ class IPUStrategy(ParallelStrategy):
     def _setup_ipu_optimizer(self, trainer: Trainer) -> None:
         half = isinstance(self.precision_plugin, IPUPrecision) and self.precision_plugin.half
         clip = trainer.gradient_clip_val or 0.0
-        optimizer = checks.check_optimizers(self.optimizers, float(clip), self._lamb)
+        assert self.lightning_module is not None
+        module = self.lightning_module
+        optimizer = checks.check_optimizers(self.optimizers, module, float(clip), self._lamb)
         extras = Extras(
             half_accumulators=half,
             half_momentum=self.ipu_config.enable_half_first_order_momentum,
@@ -317,8 +316,7 @@ class IPUStrategy(ParallelStrategy):
             lamb=self._lamb,
         )
         assert self._executor is not None
-        assert self.lightning_module is not None
-        self._executor.optimizer = IPUOptimizer(optimizer, self.lightning_module, extras)
+        self._executor.optimizer = IPUOptimizer(optimizer, module, extras)
 
     def _options_for(self, training: bool) -> Any:
         if training not in self._options:

@@ -270,7 +270,13 @@ class PoplarExecutor:
         for group in self._optimizer.param_groups:
             found = [names.get(id(p)) or by_pointer[p.data_ptr()] for p in group["params"]]
             self._group_names.append(found)
-        trained = {n: t for n, t in self._plain().items() if any(n in g for g in self._group_names)}
+        grouped = [n for names in self._group_names for n in names]
+        # What needs gradients and is in no group trains by the optimizer's defaults.
+        self._ungrouped = [
+            n for n, p in self._model.named_parameters() if p.requires_grad and n not in grouped
+        ]
+        self._trained = [*(n for n in self._plain() if n in grouped), *self._ungrouped]
+        trained = {n: t for n, t in self._plain().items() if n in self._trained}
         self._optimizer_state = initial_state(self._numbers["type"], self._optimizer, trained)
 
     @property
@@ -469,7 +475,7 @@ class PoplarExecutor:
 
     def _train(self, args, kwargs):
         options, outputs = self._options, []
-        trained = [n for names in self._group_names for n in names]
+        trained = self._trained
         for iteration in self._micro_batches(args, kwargs):
             sums = {}
             for part in iteration:
@@ -498,7 +504,8 @@ class PoplarExecutor:
         scale = self._numbers["loss_scaling"][0] * (count if reduction == mean else 1)
         gradients = clipped({n: g / scale for n, g in sums.items()}, self._numbers["max_grad_norm"])
         with torch.no_grad():
-            for numbers, names in zip(self._numbers["groups"], self._group_names):
+            groups = [*self._numbers["groups"], self._numbers["defaults"]]
+            for numbers, names in zip(groups, [*self._group_names, self._ungrouped]):
                 for name in names:
                     if name in gradients:
                         update(

@@ -41,6 +41,21 @@ class WithAmsgrad:
         return torch.optim.AdamW(self.parameters(), amsgrad=True)
 
 
+class HeadOnly:
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.qa_outputs.parameters())
+
+
+class WithSGD:
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class WithDecayingAdam:
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), weight_decay=0.1)
+
+
 class ByHand:
     automatic_optimization = False
 
@@ -90,6 +105,9 @@ REFUSALS = {
         "clips by norm only",
     ),
     "clipping of RMSprop": (WithRMSprop, {"gradient_clip_val": 1.0}, {}, "with RMSprop"),
+    "clipping of SGD": (WithSGD, {"gradient_clip_val": 1.0}, {}, "with SGD"),
+    "clipping of Adam": (WithDecayingAdam, {"gradient_clip_val": 1.0}, {}, "with Adam"),
+    "parameters in no group": (HeadOnly, {}, {}, r"bert\.embeddings.* is in no group of AdamW"),
     "clipping of LAMB": (None, {"gradient_clip_val": 1.0}, {"lamb": True}, "with LAMB"),
     "own clipping": (OwnClipping, {}, {}, "overrides configure_gradient_clipping"),
     "SWA": (None, {"callbacks": [StochasticWeightAveraging(0.1)]}, {}, "StochasticWeightAveraging"),
