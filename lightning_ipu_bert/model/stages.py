@@ -71,4 +71,5 @@ def _layer_mask(
     kept = attention_mask[:, None, None, :].bool()
     if config._attn_implementation == "sdpa":
         return kept
-    return torch.zeros_like(kept, dtype=dtype).masked_fill(~kept, torch.finfo(dtype).min)
+    zeros = torch.zeros_like(kept, dtype=dtype, device=kept.device)  # PopTorch wants it named
+    return zeros.masked_fill(~kept, torch.finfo(dtype).min)

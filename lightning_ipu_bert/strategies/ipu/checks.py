@@ -162,6 +162,6 @@ def _check_groups(optimizer: Optimizer, module: LightningModule) -> None:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and id(parameter) not in grouped:
             raise UserError(
-                f"The parameter {name} is in no group of {type(optimizer).__name__}, and IPUs would "
-                "train it all the same. Put it into one, or freeze it by requires_grad_(False)."
+                f"The parameter {name} is in no group of {type(optimizer).__name__}, and IPUs "
+                "would train it all the same. Put it into one, or freeze it: requires_grad_(False)."
             )

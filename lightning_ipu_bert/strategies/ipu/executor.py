@@ -186,6 +186,7 @@ class IPUExecutor:
             if graph is not None:
                 graph.poplar.destroy()
         self.training = self.inference = None
+        unwrap(self.module)
 
     # --- compilation ------------------------------------------------------------------------------
 
@@ -194,6 +195,7 @@ class IPUExecutor:
         assert self.optimizer is not None
         poptorch = import_poptorch()
         self._make_room_for(None)
+        unwrap(self.module)
         layout = BatchLayout.of(batch)
         network = TrainingNetwork(self.module, layout)
         poplar = poptorch.trainingModel(
@@ -253,6 +255,18 @@ class IPUExecutor:
             )
             state = state[:1]
         graph.poplar.rng_state = state
+
+
+def unwrap(module: torch.nn.Module) -> None:
+    """Give parameters and buffers their own classes back.
+
+    PopTorch gives them classes that fetch weights when they are looked at, takes these away in
+    `destroy`, and gives them back whenever another program is compiled (`_impl._wrapper_registry`);
+    the next training program then refuses the buffers.
+    """
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if type(tensor).__name__ in ("PoptorchParameter", "PoptorchBuffer"):
+            tensor.__class__ = type(tensor).__bases__[0]
 
 
 def mean_loss(result: Tensor, config: IPUConfig) -> Tensor:

@@ -18,6 +18,9 @@ MISMATCH = (
     "\nThis error occurred because the inputs passed at runtime don't match the inputs used to "
     "compile the model."
 )
+_REMEMBERED = {}
+"""Classes that parameters and buffers had, by id: compiling gives them back."""
+
 WORDS_PER_IPU = 8
 """Of the state of the random numbers; real ones have 70,656."""
 
@@ -103,6 +106,9 @@ class PoplarExecutor:
             def __torch_function__(cls, func, types, args=(), kwargs=None):
                 return super().__torch_function__(func, types, args, kwargs or {})
 
+        for b in self._user_model.buffers():
+            if type(b) is not torch.Tensor:
+                raise Error(f"All buffers must be an instance of torch.Tensor (Got {type(b)})")
         PoptorchModel.__name__ = f"Poptorch{type(self._user_model).__name__}"
         self._kinds = PoptorchModel, PoptorchParameter, PoptorchBuffer
         self._set_kinds(*self._kinds)
@@ -113,6 +119,12 @@ class PoplarExecutor:
         for b in self._user_model.buffers():
             b.__class__ = buffer
         self._user_model.__class__ = model
+
+    def _unwrap(self):
+        """Take the classes away, and remember them, as the real one does."""
+        for tensor in [*self._user_model.parameters(), *self._user_model.buffers()]:
+            _REMEMBERED[id(tensor)] = weakref.ref(tensor), type(tensor)
+        self._set_kinds(self._kinds[0].__bases__[0], torch.nn.Parameter, torch.Tensor)
 
     def _plain(self):
         """Parameters and buffers by name, without the fetching."""
@@ -251,6 +263,10 @@ class PoplarExecutor:
         finally:
             for tensor, kind in wrapped:
                 tensor.__class__ = kind
+            for tensor in [*self._model.parameters(), *self._model.buffers()]:
+                known, kind = _REMEMBERED.get(id(tensor), (None, None))
+                if known is not None and known() is tensor:
+                    tensor.__class__ = kind  # even that of a program which is gone
             if self._training:
                 self._set_kinds(*self._kinds)
         self._check_pipeline(graph)
@@ -377,7 +393,7 @@ class PoplarExecutor:
             if self._is_attached:
                 self.copyWeightsToHostIfNeeded()
                 self._optimizer.state_dict()
-            self._set_kinds(self._kinds[0].__bases__[0], torch.nn.Parameter, torch.Tensor)
+            self._unwrap()
         if self._is_attached:
             POOL.give(self.num_ipus)
         self._is_attached, self._graph = False, None
