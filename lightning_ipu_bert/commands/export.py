@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from lightning_ipu_bert.commands.loading import TrainedModel, load_trained
 from lightning_ipu_bert.commands.parser import command_parser
 from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.strategies.ipu.config_file import save_ipu_config
 
 METRICS = {"exact_match": "Exact match", "f1": "F1"}
 
@@ -42,6 +43,8 @@ def export(ckpt_path: str, output_dir: str, push_to_hub: Optional[str] = None) -
         model.module.to_huggingface().save_pretrained(partial)
         model.tokenizer.save_pretrained(partial)
         model_card(model, folder.name).save(partial / "README.md")
+        if model.ipu_config is not None:
+            save_ipu_config(model.ipu_config, partial)
         os.replace(partial, folder)  # replaces an empty folder, too
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 from lightning_ipu_bert.data.answers import AnswerRules
 from lightning_ipu_bert.data.features import Windowing
@@ -10,6 +10,8 @@ from lightning_ipu_bert.data.tokenizer import load_tokenizer
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.files import read_checkpoint
 from lightning_ipu_bert.model.question_answering import BertForQuestionAnsweringModule
+from lightning_ipu_bert.pipeline.ipu_config import IPUConfig
+from lightning_ipu_bert.strategies.ipu.strategy import CHECKPOINT_KEY
 
 
 class TrainedModel(NamedTuple):
@@ -19,6 +21,8 @@ class TrainedModel(NamedTuple):
     tokenizer: Any
     windowing: Windowing
     rules: AnswerRules
+    ipu_config: Optional[IPUConfig] = None
+    """How it was trained on IPUs, if it was."""
 
 
 def load_trained(name_or_path: str) -> TrainedModel:
@@ -44,7 +48,7 @@ def load_trained(name_or_path: str) -> TrainedModel:
 
 
 def _from_checkpoint(path: str) -> TrainedModel:
-    read_checkpoint(path)  # refuses what is none, in one line
+    checkpoint = read_checkpoint(path)  # refuses what is none, in one line
     try:
         module = BertForQuestionAnsweringModule.load_from_checkpoint(path, map_location="cpu")
     except (RuntimeError, KeyError) as error:
@@ -60,4 +64,6 @@ def _from_checkpoint(path: str) -> TrainedModel:
     settings = module.data_settings
     rules = AnswerRules(**{k: settings[k] for k in AnswerRules._fields if k in settings})
     windowing = Windowing(**{k: settings[k] for k in Windowing._fields if k in settings})
-    return TrainedModel(module.eval(), module.tokenizer, windowing, rules)
+    on_ipus = checkpoint.get(CHECKPOINT_KEY)
+    ipu_config = IPUConfig.from_dict(on_ipus["config"]) if on_ipus else None
+    return TrainedModel(module.eval(), module.tokenizer, windowing, rules, ipu_config)

@@ -24,7 +24,7 @@ LONGEST_EXAMPLE = 600
 class TrainingReport(Callback):
     """Logs examples/s and tokens/s (without padding), and prints a summary when `fit` ends.
 
-    The time of validation does not count as training.
+    The time of validation, and of compiling for IPUs, does not count as training.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -38,6 +38,7 @@ class TrainingReport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the first batch; a resumed run knows its step only now."""
         self._mark, self._first_step = time.perf_counter(), trainer.global_step
+        self._compiled = getattr(trainer.strategy, "compile_seconds", 0.0)
 
     def on_train_batch_end(
         self,
@@ -48,6 +49,8 @@ class TrainingReport(Callback):
         batch_idx: int,
     ) -> None:
         """Count a batch and log the speed over the last ones."""
+        compiled = getattr(trainer.strategy, "compile_seconds", 0.0)
+        self._mark, self._compiled = self._mark + compiled - self._compiled, compiled
         replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
         examples = len(batch["input_ids"]) * replicas
         now = time.perf_counter()

@@ -136,6 +136,8 @@ class IPUExecutor:
             ]
             graph = self.inference or self.compile_inference(batch)
             graph.check(tensors)
+            if self._offline:
+                self.end_offline()
             self._give_weights_to(graph)
             examples = len(tensors[0])
             parts = [
@@ -143,6 +145,15 @@ class IPUExecutor:
                 for first in range(0, examples, graph.batch_size)
             ]
         return _join(parts, examples)
+
+    def end_offline(self) -> None:
+        """End a run that only compiles.
+
+        Raises:
+            SystemExit: Always, with code 0.
+        """
+        rank_zero_info("Nothing was run: compile_only is set. Run again without it.")
+        raise SystemExit(0)
 
     # --- weights ----------------------------------------------------------------------------------
 

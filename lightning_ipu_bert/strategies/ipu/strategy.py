@@ -158,6 +158,11 @@ class IPUStrategy(ParallelStrategy):
         return self.ipu_config.device_iterations
 
     @property
+    def compile_seconds(self) -> float:
+        """Time spent on compiling in this run."""
+        return self._executor.compile_seconds if self._executor is not None else 0.0
+
+    @property
     def accelerator(self) -> Optional[Accelerator]:
         """Always the IPUs."""
         return self._accelerator
@@ -268,6 +273,8 @@ class IPUStrategy(ParallelStrategy):
         self._check_devices()
         if trainer.state.fn == TrainerFn.FITTING:
             checks.check_trainer(trainer, module, self.ipu_config)
+        if self._compile_only:
+            trainer.num_sanity_val_steps = 0
         import_poptorch(self._flags_without_ipus())
         self._print_plan()
 
@@ -426,8 +433,7 @@ class IPUStrategy(ParallelStrategy):
         for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
             if loader is not None and self._executor.inference is None:
                 self._executor.compile_inference(next(iter(loader)))
-        rank_zero_info("Nothing was trained: compile_only is set. Run again without it.")
-        raise SystemExit(0)
+        self._executor.end_offline()
 
     # --- weights and states -----------------------------------------------------------------------
 

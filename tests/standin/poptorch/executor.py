@@ -157,7 +157,8 @@ class PoplarExecutor:
         if self._optimizer is not None:
             self._optimizer.state_dict()
             if not isinstance(self._optimizer, optim.Optimizer):
-                self._optimizer_state = {}  # never read back: it begins anew
+                for state in self._optimizer_state.values():
+                    state.zero_()  # never read back: it begins anew
         with torch.no_grad():
             self._device_state = {n: t.data.clone() for n, t in self._plain().items()}
 

@@ -179,12 +179,7 @@ class Graph:
         """Run the graph; return its outputs and the value of every node that is a loss."""
         player = _Player(self.module)
         leaves = torch.utils._pytree.tree_flatten((state, list(args), dict(kwargs)))[0]
-        outputs = player.run(*leaves) if _flat(self.module) else player.run(state, args, kwargs)
-        return outputs, player.kept
-
-
-def _flat(module):
-    return sum(n.op == "placeholder" for n in module.graph.nodes) != 3
+        return player.run(*leaves), player.kept
 
 
 class _Player(torch.fx.Interpreter):

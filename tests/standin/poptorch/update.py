@@ -13,8 +13,10 @@ def initial_state(kind, optimizer, weights):
     state = {}
     for name, weight in weights.items():
         if kind in ADAM_FAMILY:
-            first = optimizer.first_order_momentum_accum_type
-            second = optimizer.second_order_momentum_accum_type
+            first, second = (  # torch's own optimizers have none
+                getattr(optimizer, f"{which}_order_momentum_accum_type", torch.float32)
+                for which in ("first", "second")
+            )
             state[f"Accl1___{name}"] = torch.zeros(weight.shape, dtype=first)
             state[f"Accl2___{name}"] = torch.zeros(weight.shape, dtype=second)
             state[f"Step___{name}"] = torch.zeros((), dtype=torch.float32)

@@ -1,0 +1,129 @@
+"""Loaders for IPUs: whole calls, in the order of the user's loader, in every mode."""
+
+import poptorch
+import pytest
+import torch
+from language_model import Sentences
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+
+from lightning_ipu_bert import IPUConfig, UserError
+from lightning_ipu_bert.data.loaders import ResumableDataLoader, TrainingSampler
+from lightning_ipu_bert.strategies.ipu.loaders import ipu_loader
+
+TRAINING = IPUConfig.from_dict({"gradient_accumulation_steps": 4, "replication_factor": 2})
+EVALUATION = IPUConfig.from_dict(
+    {"inference_device_iterations": 3, "inference_replication_factor": 2}
+)
+MODES = ["sync", "async", "async_rebatched"]
+
+
+def options(graph):
+    result = poptorch.Options().replicationFactor(graph.replication_factor)
+    result.deviceIterations(graph.device_iterations)
+    result.Training.gradientAccumulation(graph.gradient_accumulation_steps)
+    return result
+
+
+def convert(loader, graph, mode="sync"):
+    return ipu_loader(loader, options(graph), graph, 4, mode)
+
+
+def tokens(loader):
+    return [batch["tokens"] for batch in loader]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_takes_whole_calls_and_drops_the_rest(mode):
+    data = Sentences(70)
+    found = convert(DataLoader(data, batch_size=8), TRAINING.training, mode)
+    assert isinstance(found, poptorch.DataLoader)
+    assert found.combinedBatchSize == 16  # 2 x 4 micro-batches x 2 replicas
+    assert len(found) == 4
+    batches = tokens(found)
+    assert [len(b) for b in batches] == [16] * 4
+    assert (torch.cat(batches) == data.tokens[:64]).all()
+    assert (torch.cat(tokens(found)) == data.tokens[:64]).all()  # again
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluation_keeps_every_example(mode):
+    data = Sentences(70)
+    found = convert(DataLoader(data, batch_size=8), EVALUATION.inference, mode)
+    assert found.combinedBatchSize == 12
+    assert [len(b) for b in tokens(found)] == [12] * 5 + [10]
+    assert (torch.cat(tokens(found)) == data.tokens).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_epoch_has_its_own_order_and_can_begin_in_the_middle(mode):
+    data = Sentences(64)
+
+    def make(state=None):
+        sampler = TrainingSampler([13] * 64, 8)
+        loader = ResumableDataLoader(data, batch_size=8, sampler=sampler)
+        if state:
+            loader.load_state_dict(state)
+        return convert(loader, TRAINING.training, mode)
+
+    whole = make()
+    epochs = []
+    for epoch in range(2):
+        whole.sampler.set_epoch(epoch)
+        epochs.append(torch.cat(tokens(whole)))
+    assert (epochs[0] != epochs[1]).any()
+    for epoch in range(2):
+        order = TrainingSampler([13] * 64, 8)
+        order.set_epoch(epoch)
+        assert (epochs[epoch] == data.tokens[list(order)]).all()
+
+    iterator = iter(whole)
+    next(iterator)
+    assert whole.state_dict() == {"epoch": 1, "batches": 1}
+    resumed = make({"epoch": 0, "batches": 1})
+    resumed.sampler.set_epoch(0)
+    assert (torch.cat(tokens(resumed)) == epochs[0][16:]).all()
+    resumed.sampler.set_epoch(1)
+    assert (torch.cat(tokens(resumed)) == epochs[1]).all()
+
+
+def test_batches_of_a_process_of_its_own_can_be_kept():
+    found = convert(DataLoader(Sentences(64), batch_size=8), TRAINING.training, "async")
+    batches = tokens(found)
+    assert (batches[0] != batches[1]).any()
+
+
+def test_a_batch_sampler_gives_micro_batches():
+    data = Sentences(64)
+    batches = [[i, 63 - i] for i in range(32)]
+
+    class Pairs(BatchSampler):
+        def __iter__(self):
+            return iter(batches)
+
+        def __len__(self):
+            return len(batches)
+
+    sampler = Pairs(RandomSampler(data), 2, False)
+    found = convert(DataLoader(data, batch_sampler=sampler), TRAINING.training)
+    assert len(found) == 4
+    assert (torch.cat(tokens(found)) == data.tokens[[i for pair in batches for i in pair]]).all()
+
+
+def test_streams_are_loaded_too():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([{"tokens": row} for row in Sentences(40).tokens])
+
+    found = convert(DataLoader(Stream(), batch_size=8), TRAINING.training)
+    assert [len(b) for b in tokens(found)] == [16, 16]
+
+
+def test_poptorchs_own_loader_and_what_is_none_are_left_alone():
+    own = poptorch.DataLoader(options(TRAINING.training), Sentences(64), batch_size=2)
+    assert convert(own, TRAINING.training) is own
+    assert convert([1, 2], TRAINING.training) == [1, 2]
+
+
+def test_batches_that_do_not_part_are_refused():
+    with pytest.raises(UserError, match=r"batch_size=6 .* a multiple of 4, e\.g\. batch_size=8"):
+        convert(DataLoader(Sentences(64), batch_size=6), TRAINING.training)
