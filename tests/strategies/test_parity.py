@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from language_model import LanguageModel, Sentences
+from model_helpers import needs_pipelining
 from ranks import run_ranks
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -196,12 +197,14 @@ def assert_equal(kind, values, truths):
             assert difference <= 1e-5 * truths[name].norm(), name
 
 
+@needs_pipelining
 @pytest.mark.parametrize("kind", ["bert", "language model"])
 @pytest.mark.parametrize("case", [*ONE_AT_A_TIME, *PAIRS])
 def test_losses_gradients_and_weights_equal_one_process(kind, case, references, tmp_path):
     compare(kind, case, references, tmp_path)
 
 
+@needs_pipelining
 @pytest.mark.parametrize("kind", ["bert", "language model"])
 @pytest.mark.parametrize("case", ["centre", "1x1", "zero_bubble looped", "RTS"])
 def test_so_do_those_of_large_tables(kind, case, references, tmp_path, monkeypatch):
