@@ -1,5 +1,6 @@
 """Fixtures of all tests: a small corpus with its tokenizer, and where the real data lie."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -11,6 +12,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # DataLoader workers a
 
 from lightning_ipu_bert import BertForQuestionAnsweringModule, SquadDataModule
 from lightning_ipu_bert.data.quickstart import write_quickstart
+
+# Lightning keeps its lines from `caplog` unless pytest had begun to listen when it was imported.
+logging.getLogger("lightning.pytorch").propagate = True
 
 TINY = {
     "vocab_size": 900,

@@ -1,6 +1,18 @@
-"""Runs of the Trainer as small as they can be."""
+"""Runs of the Trainer as small as they can be, and which tests need a pipeline."""
+
+import shlex
 
 import lightning.pytorch as pl
+import pytest
+
+from lightning_ipu_bert._compat import has_pipelining
+
+needs_pipelining = pytest.mark.skipif(
+    not has_pipelining(), reason="runs a pipeline, which the SDK's torch 2.0 cannot"
+)
+IN_ONE_PROCESS = "--trainer.strategy auto --trainer.devices 1 --data.micro_batch_size 32"
+# What configs/quickstart.yaml says to add where no pipeline runs.
+QUICKSTART_OPTIONS = [] if has_pipelining() else shlex.split(IN_ONE_PROCESS)
 
 
 class Losses(pl.Callback):

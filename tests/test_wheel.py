@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from model_helpers import QUICKSTART_OPTIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,6 +61,7 @@ def test_it_trains_from_an_empty_folder(installed, tmp_path):
         *("-m", "lightning_ipu_bert", "fit", "--config", "configs/quickstart.yaml"),
         *("--trainer.max_steps", "2", "--trainer.limit_val_batches", "1"),
         *("--trainer.limit_train_batches", "2", "--trainer.enable_progress_bar", "false"),
+        *QUICKSTART_OPTIONS,
     )
     assert (tmp_path / "runs/quickstart/best.ckpt").exists()
 

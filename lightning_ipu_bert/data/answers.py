@@ -245,7 +245,7 @@ def _rank(candidates: _Candidates, rules: AnswerRules) -> Answers:
     empty = candidates.char_start == candidates.char_end
     # Without version_2 the empty answer is the last resort, where no span is allowed at all.
     handicap = np.float32(rules.null_score_threshold if rules.version_2 else np.inf)
-    worth = candidates.score - np.where(empty, handicap, 0)
+    worth = candidates.score - np.where(empty, handicap, np.float32(0))
     order = np.argsort(_sort_key(candidates.question, worth), kind="stable")
     candidates, empty = candidates.take(order), empty[order]
     firsts, counts = np.unique(candidates.question, return_index=True, return_counts=True)[1:]

@@ -81,10 +81,16 @@ def cached_features(
 
 
 def cache_key(question_set: QuestionSet, tokenizer: Any, windowing: Windowing) -> str:
-    """Return the hash of everything that shapes a feature: data, tokenizer, lengths and code."""
+    """Return the hash of everything that shapes a feature: data, tokenizer, lengths and code.
+
+    And of the library's version: an older one cannot read what a newer one has written.
+    """
+    import datasets
+
     code = Path(features_module.__file__).read_bytes() + Path(__file__).read_bytes()
     specials = f"{tokenizer.cls_token_id},{tokenizer.sep_token_id}"
     parts = [question_set.digest(), tokenizer.backend_tokenizer.to_str(), specials, str(windowing)]
+    parts.append(datasets.__version__)
     text = "\0".join([*parts, hashlib.sha256(code).hexdigest()])
     return hashlib.sha256(text.encode("utf8", "surrogatepass")).hexdigest()[:32]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Literal, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import lightning.pytorch as pl
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForQuestionAnswering
 
+from lightning_ipu_bert._compat import count_saved_batch
 from lightning_ipu_bert.data.squad import SquadDataModule
 from lightning_ipu_bert.data.tokenizer import (
     CHECKPOINT_KEY,
@@ -58,7 +59,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         config: Union[Dict[str, Any], BertConfig, None] = None,
         learning_rate: float = 5e-5,
         weight_decay: float = 0.01,
-        lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
+        lr_schedule: str = "linear",
         warmup_ratio: float = 0.0,
         warmup_steps: int = 0,
     ) -> None:
@@ -228,6 +229,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
         """Take the tokenizer and the scores out of the checkpoint."""
+        count_saved_batch(checkpoint)
         if checkpoint.get(CHECKPOINT_KEY):
             self.tokenizer = tokenizer_from_files(checkpoint[CHECKPOINT_KEY])
         self._scores = checkpoint.get(SCORES_KEY, {})

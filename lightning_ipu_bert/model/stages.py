@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig
 
+from lightning_ipu_bert._compat import layer_output
+
 EMBEDDINGS, LAYERS, HEAD = "bert.embeddings", "bert.encoder.layer", "qa_outputs"
 NETWORK_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 LABELS = {EMBEDDINGS: "Embedding", LAYERS: "Encoder", HEAD: "QA Outputs"}
@@ -57,8 +59,7 @@ def run_blocks(
         else:
             if mask is None:
                 mask = _layer_mask(batch.get("attention_mask"), config, hidden.dtype)
-            output = block(hidden, mask)
-            hidden = output[0] if isinstance(output, tuple) else output  # transformers 4: a tuple
+            hidden = layer_output(block(hidden, mask))
     return hidden
 
 

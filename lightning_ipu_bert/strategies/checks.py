@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Iterator, Optional
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.data import _update_dataloader
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_ipu_bert._compat import has_pipelining
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.batches import micro_batch_size_of
 from lightning_ipu_bert.pipeline.config import PipelineConfig
@@ -39,6 +41,20 @@ def check_devices(config: PipelineConfig, num_processes: int, num_nodes: int) ->
         f"Set devices to {config.world_size}"
         f"{' in all' if num_nodes > 1 else ''}, or change the plan."
     )
+
+
+def check_torch() -> None:
+    """Check that torch can run a pipeline.
+
+    Raises:
+        UserError: If it is too old.
+    """
+    if not has_pipelining():
+        raise UserError(
+            f"torch {torch.__version__} is too old for a pipeline, which needs the "
+            "torch.distributed.pipelining of a newer one (2.13, say). Install that, or train in "
+            "one process: --trainer.strategy auto --trainer.devices 1."
+        )
 
 
 def check_run(trainer: Trainer, module: Optional[LightningModule], config: PipelineConfig) -> None:

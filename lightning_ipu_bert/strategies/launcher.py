@@ -21,7 +21,7 @@ from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.config import PipelineConfig
 from lightning_ipu_bert.pipeline.partition import device_allocation, partition
 from lightning_ipu_bert.strategies import watch
-from lightning_ipu_bert.strategies.checks import check_loaders, check_run
+from lightning_ipu_bert.strategies.checks import check_loaders, check_run, check_torch
 
 
 class ScriptLauncher(_SubprocessScriptLauncher):
@@ -108,6 +108,7 @@ def check_and_show(config: PipelineConfig, trainer: Optional[Trainer], args: Any
     module = module or getattr(trainer, "lightning_module", None)
     check_run(trainer, module, config)
     check_loaders(args[1] if len(args) > 1 else None, config)
+    check_torch()
     if module is not None:
         stages = partition(list(module.pipeline_blocks()), config.layers_per_stage)
         rank_zero_info(device_allocation(stages, module.block_labels))

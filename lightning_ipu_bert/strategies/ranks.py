@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Dict, List, Literal, Optional
+from typing import Any, Dict, List, Literal, Optional, Union
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,9 @@ class PipelineRanks(SignalsBetweenSteps):
         process_group_backend: Optional[str] = None,
         timeout_seconds: float = 1800.0,
         start_method: Literal["popen", "fork", "spawn"] = "popen",
+        ipu_config: Union[str, Dict[str, Any], None] = None,
+        pod_type: Optional[str] = None,
+        loss_scaling: Optional[float] = None,
         **plan: Any,
     ) -> None:
         """Create the strategy.
@@ -57,6 +60,10 @@ class PipelineRanks(SignalsBetweenSteps):
             process_group_backend: Backend of torch.distributed; gloo on CPUs, NCCL on GPUs.
             timeout_seconds: How long a rank waits for another before it gives up.
             start_method: How ranks of this machine are started; fork in notebooks.
+            ipu_config: Only for `IPUStrategy`, as the next two: without effect here, so that a
+                config can be moved by its class_path.
+            pod_type: Type of pod.
+            loss_scaling: Factor of the loss.
             **plan: Fields of `PipelineConfig`. Without layers_per_stage the layers are shared by
                 all devices, and gradient_accumulation_steps is at least their number.
 

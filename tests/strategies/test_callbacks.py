@@ -8,12 +8,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from language_model import LanguageModel, Sentences
-from model_helpers import make_trainer
+from model_helpers import make_trainer, needs_pipelining
 from ranks import run_ranks
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ipu_bert import PipelineParallelStrategy
 
+pytestmark = needs_pipelining
 TWO = {"layers_per_stage": [3, 3], "gradient_accumulation_steps": 4}
 TWO_BY_TWO = {**TWO, "replication_factor": 2}
 PLANS = {"2x1": TWO, "2x2": TWO_BY_TWO}

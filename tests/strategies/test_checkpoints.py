@@ -5,13 +5,14 @@ import warnings
 
 import pytest
 import torch
-from model_helpers import Losses, make_trainer
+from model_helpers import Losses, make_trainer, needs_pipelining
 from ranks import run_ranks
 from transformers import BertForQuestionAnswering
 
 from lightning_ipu_bert import BertForQuestionAnsweringModule, PipelineParallelStrategy
 from lightning_ipu_bert.cli import main
 
+pytestmark = needs_pipelining
 GLOBAL_BATCH, SAVED_AFTER, STEPS = 16, 3, 6
 LAYOUTS = {
     "plain": None,

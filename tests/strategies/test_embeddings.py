@@ -73,7 +73,7 @@ SPECIAL = {
     # Freezes some words, say.
     "hook": lambda stage: stage.table.weight.register_hook(lambda gradient: 0 * gradient),
     "subclass": scaled,
-    "normalised": lambda stage: nn.utils.parametrizations.weight_norm(stage.table),
+    "normalised": lambda stage: nn.utils.parametrizations.spectral_norm(stage.table),
 }
 
 

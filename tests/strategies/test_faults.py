@@ -5,6 +5,9 @@ import time
 
 import pytest
 from kill_ranks import begin_run, kill_once, lines_naming, losses_in, train_unharmed
+from model_helpers import needs_pipelining
+
+pytestmark = needs_pipelining
 
 
 def start(folder, harm, rank, *ckpt_path):

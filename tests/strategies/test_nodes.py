@@ -8,9 +8,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from model_helpers import needs_pipelining
 from node_script import train
 from ranks import free_port, run_ranks
 
+pytestmark = needs_pipelining
 SCRIPT = str(Path(__file__).with_name("node_script.py"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 

@@ -11,6 +11,7 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
+from model_helpers import needs_pipelining
 from models import GLOBAL_BATCH, assert_equal, make_model
 from ranks import run_ranks
 from torch.utils.data import DataLoader, DistributedSampler
@@ -139,12 +140,14 @@ def references(tmp_path_factory):
     return reference
 
 
+@needs_pipelining
 @pytest.mark.parametrize("kind", ["bert", "language model"])
 @pytest.mark.parametrize("case", [*ONE_AT_A_TIME, *PAIRS])
 def test_losses_gradients_and_weights_equal_one_process(kind, case, references, tmp_path):
     compare(kind, case, references, tmp_path)
 
 
+@needs_pipelining
 @pytest.mark.parametrize("kind", ["bert", "language model"])
 @pytest.mark.parametrize("case", ["centre", "1x1", "zero_bubble looped", "RTS"])
 def test_so_do_those_of_large_tables(kind, case, references, tmp_path, monkeypatch):

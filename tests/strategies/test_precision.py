@@ -7,12 +7,13 @@ import pytest
 import torch
 from language_model import LanguageModel, Sentences
 from lightning.pytorch.plugins.precision import MixedPrecision
-from model_helpers import make_trainer
+from model_helpers import make_trainer, needs_pipelining
 from ranks import run_ranks
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ipu_bert import PipelineParallelStrategy
 
+pytestmark = needs_pipelining
 TWO_BY_TWO = {
     "layers_per_stage": [3, 3],
     "gradient_accumulation_steps": 4,

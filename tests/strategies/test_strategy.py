@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from language_model import LanguageModel, Sentences
-from model_helpers import make_trainer
+from model_helpers import make_trainer, needs_pipelining
 from ranks import run_ranks
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -103,6 +103,7 @@ def _hooks(plan, folder):
     return trace.calls
 
 
+@needs_pipelining
 def test_hooks_come_in_lightnings_order(tmp_path):
     plain = _hooks(None, tmp_path)
     assert "on_before_optimizer_step" in plain
@@ -116,6 +117,7 @@ def _steps(plan, folder):
     return module.steps, module.rates, int(module.total), trainer.global_step
 
 
+@needs_pipelining
 @pytest.mark.parametrize("plan", [TWO, TWO_BY_TWO], ids=["2x1", "2x2"])
 def test_steps_and_learning_rates_are_lightnings(plan, tmp_path):
     plain = _steps(None, tmp_path)
@@ -130,6 +132,7 @@ def _ragged(plan, folder):
     return module.losses, [p.detach().clone() for p in module.parameters()]
 
 
+@needs_pipelining
 def test_a_ragged_last_batch_is_a_smaller_update(tmp_path):
     losses, weights = _ragged(None, tmp_path)
     for seen, trained in run_ranks(2, _ragged, TWO, tmp_path):
@@ -146,6 +149,7 @@ def _evaluate(plan, folder):
     return found, validated, module.seen, torch.cat(predictions)
 
 
+@needs_pipelining
 def test_every_example_is_evaluated_once(tmp_path):
     """Eleven examples on two replicas."""
     loss, validated, tested, predictions = _evaluate(None, tmp_path)
@@ -180,6 +184,7 @@ def _all_verbs(plan, folder):
     return after_fit, alone, trainer.global_step
 
 
+@needs_pipelining
 def test_validate_after_fit_and_fit_twice(tmp_path):
     for after_fit, alone, steps in run_ranks(2, _all_verbs, TWO, tmp_path):
         assert after_fit == pytest.approx(alone, rel=1e-5)
@@ -192,6 +197,7 @@ def _flag(plan, folder, flag):
     return trainer.global_step, [str(p.dtype) for p in module.parameters()][:1], module.losses
 
 
+@needs_pipelining
 @pytest.mark.parametrize(
     ("flag", "steps", "dtype"),
     [
@@ -229,6 +235,7 @@ def _noise(plan, folder, seed):
     return module.drawn, module.losses, torch.rand(()).item()
 
 
+@needs_pipelining
 def test_dropout_differs_on_stages_and_replicas_and_repeats_with_the_seed(tmp_path):
     first = run_ranks(4, _noise, TWO_BY_TWO, tmp_path, 6)
     again = run_ranks(4, _noise, TWO_BY_TWO, tmp_path, 6)
@@ -292,7 +299,13 @@ class OwnAveraging(pl.callbacks.StochasticWeightAveraging):
     ("make_callback", "name"),
     [
         (lambda: OwnAveraging(swa_lrs=1e-2), "StochasticWeightAveraging"),
-        (lambda: pl.callbacks.WeightAveraging(), "WeightAveraging"),
+        pytest.param(
+            lambda: pl.callbacks.WeightAveraging(),
+            "WeightAveraging",
+            marks=pytest.mark.skipif(
+                not hasattr(pl.callbacks, "WeightAveraging"), reason="came with Lightning 2.6"
+            ),
+        ),
         (
             lambda: pl.callbacks.GradientAccumulationScheduler({0: 1, 2: 4}),
             "GradientAccumulationScheduler",

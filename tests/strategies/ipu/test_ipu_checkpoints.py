@@ -1,6 +1,5 @@
 """Checkpoints know no layout: from IPUs to other IPUs, to one process, to ranks, and back."""
 
-import importlib.util
 import json
 import warnings
 
@@ -18,6 +17,7 @@ from ipu_runs import (
     with_adamw,
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
+from model_helpers import needs_pipelining
 from models import GLOBAL_BATCH, ZERO
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -98,10 +98,7 @@ def test_ipus_go_on_from_one_process_and_back(uninterrupted, tmp_path):
     close(weights, uninterrupted[1])
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("torch.distributed.pipelining") is None,
-    reason="pipelines of ranks need torch.distributed.pipelining",
-)
+@needs_pipelining
 def test_a_pipeline_of_ranks_goes_on_from_ipus_and_back(uninterrupted, tmp_path):
     from ranks import run_ranks
 

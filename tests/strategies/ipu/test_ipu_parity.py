@@ -4,7 +4,6 @@ By AdamW with a learning rate that changes; the kinds of BERT's gradients that a
 zero, of which AdamW makes full steps of noise, are left out by name.
 """
 
-import importlib.util
 import warnings
 
 import lightning.pytorch as pl
@@ -20,6 +19,7 @@ from ipu_runs import (
     weights_of,
     with_adamw,
 )
+from model_helpers import needs_pipelining
 from models import GLOBAL_BATCH, ZERO, make_model
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -119,10 +119,7 @@ def test_half_precision_trains_in_half_and_comes_close(tmp_path):
     assert ours.losses == pytest.approx(plain.losses, rel=2e-2)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("torch.distributed.pipelining") is None,
-    reason="pipelines of ranks need torch.distributed.pipelining",
-)
+@needs_pipelining
 def test_weights_equal_those_of_a_pipeline_of_ranks(tmp_path):
     from ranks import run_ranks
 
