@@ -50,8 +50,7 @@ def run(python, folder, *words):
         [python, "-m", "lightning_ipu_bert", *map(str, words)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
