@@ -225,7 +225,7 @@ class IPUExecutor:
         self.copy_weights_to_host()
         self._make_room_for(None)
         layout = BatchLayout.of(batch)
-        network = InferenceNetwork(self.module, layout).eval()
+        network = InferenceNetwork(self.module, layout)
         poplar = poptorch.inferenceModel(network, options=self._make_options(False))
         calls = self.config.inference.micro_batches_per_call
         size = self._batch_sizes(False) or -(-count_examples(batch) // calls) * calls

@@ -71,7 +71,8 @@ class TracedNetwork(nn.Module):
         self._layout = layout
         for name in module.pipeline_blocks():
             _add_under(self, name, module.get_submodule(name))  # type: ignore[attr-defined]
-        self.train(module.training)  # type: ignore[attr-defined]
+        # Only its own: users may have put some blocks into evaluation mode.
+        self.training = module.training  # type: ignore[attr-defined]
 
     def _run(self, tensors: Tuple[Tensor, ...]) -> Tuple[Any, Any]:
         """Run all blocks; return the last one's output and the batch."""

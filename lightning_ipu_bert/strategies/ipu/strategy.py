@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Callable, Dict, List, Mapping, Optional, Union
@@ -14,9 +13,8 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -24,23 +22,23 @@ from torch.optim import Optimizer
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.config import PipelineConfig
 from lightning_ipu_bert.pipeline.ipu_config import SPELLINGS, IPUConfig
-from lightning_ipu_bert.pipeline.partition import device_allocation, partition
 from lightning_ipu_bert.strategies.ipu import checks
-from lightning_ipu_bert.strategies.ipu.accelerator import IPUAccelerator
 from lightning_ipu_bert.strategies.ipu.config_file import read_values, save_ipu_config
+from lightning_ipu_bert.strategies.ipu.console import flags_without_ipus, plan_lines
 from lightning_ipu_bert.strategies.ipu.executor import IPUExecutor
 from lightning_ipu_bert.strategies.ipu.loaders import LoaderMode, ipu_loader
 from lightning_ipu_bert.strategies.ipu.optimizer import Extras, IPUOptimizer
 from lightning_ipu_bert.strategies.ipu.options import Surroundings, ipu_options
-from lightning_ipu_bert.strategies.ipu.precision import IPUPrecision, for_ipu
+from lightning_ipu_bert.strategies.ipu.precision import IPUPrecision
+from lightning_ipu_bert.strategies.ipu.process import IPUProcess
 from lightning_ipu_bert.strategies.ipu.profiling import profiled
-from lightning_ipu_bert.strategies.ipu.sdk import import_popdist, import_poptorch
+from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 from lightning_ipu_bert.strategies.ipu.updates import add_updates, schedules_of_every_update
 
 CHECKPOINT_KEY = "ipu"
 
 
-class IPUStrategy(ParallelStrategy):
+class IPUStrategy(IPUProcess):
     """Runs a module's blocks as stages on IPUs; one process owns all that its replicas need.
 
     The fields of the plan are those of `PipelineParallelStrategy`, so that a config moves between
@@ -118,6 +116,7 @@ class IPUStrategy(ParallelStrategy):
         }
         self.ipu_config = IPUConfig.from_dict(given, pod_type, plan)
         """How the model runs on IPUs."""
+        self.num_ipus = self.ipu_config.training.num_ipus
         super().__init__(
             accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin
         )
@@ -162,106 +161,6 @@ class IPUStrategy(ParallelStrategy):
         """Time spent on compiling in this run."""
         return self._executor.compile_seconds if self._executor is not None else 0.0
 
-    @property
-    def accelerator(self) -> Optional[Accelerator]:
-        """Always the IPUs."""
-        return self._accelerator
-
-    @accelerator.setter
-    def accelerator(self, accelerator: Optional[Accelerator]) -> None:
-        # With accelerator="auto" Lightning chooses one that it knows.
-        self._accelerator = (
-            accelerator
-            if isinstance(accelerator, IPUAccelerator)
-            else (IPUAccelerator() if accelerator is not None else None)
-        )
-
-    @property
-    def parallel_devices(self) -> Optional[List[torch.device]]:
-        """The IPUs: as many as `devices` says, or as the plan needs."""
-        return self._parallel_devices
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: Optional[List[torch.device]]) -> None:
-        count = self.ipu_config.training.num_ipus
-        if devices and devices[0].type == "ipu" and devices[-1].index is not None:
-            count = devices[-1].index + 1
-        self._parallel_devices = [torch.device("ipu", i) for i in range(count)] if devices else None
-
-    @property
-    def precision_plugin(self) -> Precision:
-        """How numbers are represented."""
-        return self._precision_plugin if self._precision_plugin is not None else IPUPrecision()
-
-    @precision_plugin.setter
-    def precision_plugin(self, plugin: Optional[Precision]) -> None:
-        self._precision_plugin = for_ipu(plugin)
-
-    @property
-    def root_device(self) -> torch.device:
-        """The host: batches, metrics and the weights between runs are there."""
-        return torch.device("cpu")
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether there are several processes, which share the data."""
-        return self._processes[1] > 1
-
-    @property
-    def global_rank(self) -> int:
-        """This process, of those that poprun started."""
-        return self._processes[0]
-
-    @property
-    def local_rank(self) -> int:
-        """0: data are prepared by each process."""
-        return 0
-
-    @property
-    def node_rank(self) -> int:
-        """0."""
-        return 0
-
-    @property
-    def world_size(self) -> int:
-        """Processes that poprun started."""
-        return self._processes[1]
-
-    @property
-    def _processes(self) -> tuple[int, int]:
-        popdist: Any = import_popdist()
-        return (popdist.getInstanceIndex(), popdist.getNumInstances()) if popdist else (0, 1)
-
-    @property
-    def distributed_sampler_kwargs(self) -> Dict[str, Any]:
-        """Data are shared by processes; replicas of one process take parts of its batches."""
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
-
-    def set_world_ranks(self) -> None:
-        """Let only the first process print and save."""
-        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Return the value: every process evaluates everything."""
-        return tensor
-
-    def all_gather(
-        self, tensor: Tensor, group: Optional[Any] = None, sync_grads: bool = False
-    ) -> Tensor:
-        """Return the value."""
-        return tensor
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Return the decision."""
-        return decision
-
-    def barrier(self, name: Optional[str] = None) -> None:
-        """Do nothing: PopDist keeps processes together while they run."""
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return the object."""
-        return obj
-
     # --- before the run ---------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
@@ -275,8 +174,9 @@ class IPUStrategy(ParallelStrategy):
             checks.check_trainer(trainer, module, self.ipu_config)
         if self._compile_only:
             trainer.num_sanity_val_steps = 0
-        import_poptorch(self._flags_without_ipus())
-        self._print_plan()
+        import_poptorch(flags_without_ipus(self.config, self._plan))
+        for line in plan_lines(self.ipu_config, module, self._overridden):
+            rank_zero_info(line)
 
     def setup(self, trainer: Trainer) -> None:
         """Prepare what runs the module; programs are compiled with the first batch."""
@@ -374,30 +274,6 @@ class IPUStrategy(ParallelStrategy):
                 "leave it out, or change the plan."
             )
 
-    def _flags_without_ipus(self) -> str:
-        """Return the flags that run this plan on CPUs; what is given by its own name stays."""
-        flags = [f"--trainer.devices {self.config.world_size}"]
-        for field in fields(PipelineConfig):
-            value = getattr(self.config, field.name)
-            if self._plan.get(field.name) is None and value != field.default:
-                flags.append(f"--trainer.strategy.init_args.{field.name} {value}")
-        return " ".join(flags)
-
-    def _print_plan(self) -> None:
-        for name, value in self._overridden.items():
-            rank_zero_info(f"Overriding IPU config: {name}={value}")
-        for field, reason in self.ipu_config.ignored():
-            rank_zero_info(f"IPU config: {field} has no effect: {reason}.")
-        if self.ipu_config.replicated_tensor_sharding and not self.ipu_config.shards_optimizer:
-            rank_zero_info(
-                "replicated_tensor_sharding is off: with replication_factor=1 there is no other "
-                "replica to share the optimizer's state with."
-            )
-        module: Any = self.lightning_module
-        blocks = list(module.pipeline_blocks())
-        stages = partition(blocks, self.ipu_config.training.layers_per_ipu)
-        rank_zero_info(device_allocation(stages, module.block_labels))
-
     # --- steps ------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
@@ -429,6 +305,7 @@ class IPUStrategy(ParallelStrategy):
     def _compile_and_end(self, trainer: Any) -> None:
         assert self._executor is not None
         self._executor.compile_training(next(iter(trainer.train_dataloader)))
+        trainer.lightning_module.eval()
         loaders = trainer.val_dataloaders
         for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
             if loader is not None and self._executor.inference is None:
@@ -490,13 +367,12 @@ class IPUStrategy(ParallelStrategy):
         executor, self._executor = self._executor, None
         if module is not None:
             module._executor = None
-        if executor is not None:
-            executor.destroy()
         self._options, self._batch_sizes, self._loaded = {}, {}, {}
-        self._cleanup.close()
-        self.precision_plugin.teardown()
-        assert self.accelerator is not None
-        self.accelerator.teardown()
+        try:
+            if executor is not None:
+                executor.destroy()
+        finally:
+            self._cleanup.close()
 
 
 def _check_shape_of_plan(stages_per_rank: int, schedule: str) -> None:

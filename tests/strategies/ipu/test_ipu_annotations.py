@@ -143,3 +143,11 @@ def test_metrics_and_steps_stay_on_the_host(tmp_path):
     trainer.fit(module, loader(examples))
     assert steps == [0, 1, 2]  # ran for every batch, though the graph was traced once
     assert poptorch.device.COUNTS["compilations"] == 1
+
+
+def test_blocks_stay_in_the_mode_that_they_were_put_into(tmp_path):
+    module, examples = make_model("language model")
+    module.layers[1].eval()
+    ipu_trainer(tmp_path).fit(module, loader(examples), loader(examples))
+    modes = [layer.training for layer in module.layers]
+    assert modes == [True, False, True, True, True, True]
