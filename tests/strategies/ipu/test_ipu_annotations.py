@@ -145,6 +145,7 @@ def test_metrics_and_steps_stay_on_the_host(tmp_path):
     assert poptorch.device.COUNTS["compilations"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
 def test_blocks_stay_in_the_mode_that_they_were_put_into(tmp_path):
     module, examples = make_model("language model")
     module.layers[1].eval()
