@@ -118,7 +118,7 @@ class IPUExecutor:
             )
         self._attach(graph)
         assert self.optimizer is not None
-        self.optimizer.refresh(graph.poplar)  # once attached: PopTorch writes older numbers then
+        self.optimizer.refresh(graph.poplar)  # once attached, so that it is sent at once
         result = graph.poplar(*tensors)
         self._weights_version += 1
         return bridged_to(mean_loss(result, self.config), _check_factor)
