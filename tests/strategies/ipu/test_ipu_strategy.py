@@ -173,8 +173,9 @@ def test_the_optimizer_is_sent_when_a_number_has_changed_and_only_then(tmp_path)
     assert COUNTS["set_optimizer"] == 3  # the first of three updates has the first rate
 
 
-def test_programs_take_turns_on_too_few_ipus(ipus, tmp_path):
-    ipus.size = 4
+@pytest.mark.parametrize("ipus_of_machine", [4, 16])
+def test_programs_take_turns_on_too_few_ipus(ipus_of_machine, ipus, tmp_path):
+    ipus.size = ipus_of_machine  # 4 hold one program, 16 hold both
     plain, ours = [], []
     for losses, make in ((plain, plain_trainer), (ours, ipu_trainer)):
         module, examples = with_adamw("bert", updates=4)
