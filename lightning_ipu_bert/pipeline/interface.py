@@ -10,9 +10,6 @@ from lightning_ipu_bert.errors import UserError
 class PipelineExecutor(Protocol):
     """Runs a model's batches on stages; a strategy provides one."""
 
-    gradients_on_host: bool
-    """Whether `backward` leaves gradients in the parameters."""
-
     def loss(self, batch: Any) -> Any:
         """Return the loss of a batch; with gradients on, its `backward` gives the gradients."""
 
@@ -103,14 +100,6 @@ class PipelineModule:
             trainer.strategy, "updates_per_batch", 1
         )
         return int(updates if trainer.max_steps == -1 else min(updates, trainer.max_steps))
-
-    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Do as Lightning does, where there are gradients.
-
-        Where there are none, a look at a parameter would copy all weights from the device.
-        """
-        if self._executor is None or self._executor.gradients_on_host:
-            super().optimizer_zero_grad(*args, **kwargs)  # type: ignore[misc]
 
 
 REQUIRED = ("pipeline_blocks", "stage_forward", "pipeline_loss")

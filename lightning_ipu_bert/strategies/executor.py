@@ -37,8 +37,6 @@ class Place(NamedTuple):
 class TorchPipelineExecutor:
     """Runs a model's batches on stages; see `pipeline.interface.PipelineExecutor`."""
 
-    gradients_on_host = True
-
     def __init__(
         self,
         model: PipelineModule,

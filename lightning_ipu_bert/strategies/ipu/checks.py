@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Tuple
+from typing import Any, Iterator, Mapping, Tuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from lightning_ipu_bert.errors import UserError
@@ -23,12 +24,37 @@ REFUSED = {
     "EMAWeightAveraging": ON_DEVICE,
     "GradientAccumulationScheduler": "accumulation is compiled into the program",
     "BatchSizeFinder": "the batch size is compiled into the program",
+    "BaseFinetuning": "which parameters train, and in which group, is compiled into the program",
+    "ModelPruning": ON_DEVICE,
     "LearningRateFinder": "it goes back to old weights, which the IPUs do not take over",
 }
 """Callbacks that cannot work on IPUs, and why."""
 
 OPTIMIZERS = (AdamW, Adam, SGD, RMSprop)
 """What PopTorch has of torch's."""
+
+
+def check_progress(checkpoint: Mapping[str, Any], saved: int, iterations: int) -> None:
+    """Check that a run that goes on in the middle of an epoch counts batches as before.
+
+    Args:
+        checkpoint: Lightning's.
+        saved: `device_iterations` when it was saved.
+        iterations: `device_iterations` now.
+
+    Raises:
+        UserError: If a batch has become another number of updates.
+    """
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    batches = loops.get("epoch_loop.batch_progress", {})
+    middle = batches.get("current", {}).get("completed", 0) and not batches.get("is_last_batch")
+    if middle and saved != iterations:
+        raise UserError(
+            f"The checkpoint was saved in the middle of an epoch with device_iterations={saved}, "
+            f"and {iterations} is given: its batches cannot be counted on. Use {saved}, or a "
+            "checkpoint of the end of an epoch."
+        )
+
 
 SEVERAL_OPTIMIZERS = (
     "configure_optimizers gives several optimizers or none, and IPUs run exactly one. Return one; "
@@ -137,9 +163,17 @@ def check_optimizers(
             "clips as torch does for AdamW, and for Adam without weight decay. Set it to null, or "
             "use one of them."
         )
-    for flag in ("amsgrad", "maximize"):
-        if any(group.get(flag) for group in optimizer.param_groups):
-            raise UserError(f"{name}({flag}=True) is not possible on IPUs. Leave {flag} out.")
+    for group in optimizer.param_groups:
+        for flag in ("amsgrad", "maximize", "dampening"):
+            if group.get(flag):
+                raise UserError(
+                    f"{name}({flag}={group[flag]}) is not possible on IPUs as torch does it. Leave "
+                    f"{flag} out."
+                )
+        if not group.get("eps", 1.0) > 0:
+            raise UserError(f"eps={group['eps']} must be above 0 on IPUs, e.g. 1e-8.")
+        if isinstance(group["lr"], Tensor):
+            raise UserError("lr is a tensor, and PopTorch takes numbers. Give lr as a float.")
     _check_groups(optimizer, module)
     return optimizer
 

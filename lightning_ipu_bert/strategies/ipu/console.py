@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from shlex import quote
 from typing import Any, Iterator, Mapping
 
 from lightning_ipu_bert.pipeline.config import PipelineConfig
@@ -42,5 +43,5 @@ def flags_without_ipus(plan: PipelineConfig, given: Mapping[str, Any]) -> str:
     for field in fields(PipelineConfig):
         value = getattr(plan, field.name)
         if given.get(field.name) is None and value != field.default:
-            flags.append(f"--trainer.strategy.init_args.{field.name} {value}")
+            flags.append(f"--trainer.strategy.init_args.{field.name} {quote(str(value))}")
     return " ".join(flags)

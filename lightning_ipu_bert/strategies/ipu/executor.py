@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Callable, List, Optional, Sequence
+from contextlib import ExitStack
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -41,32 +42,35 @@ class CompiledGraph:
         self.poplar = poplar
         self.batch_size = batch_size
         self.layout = layout
-        self.shapes: List[torch.Size] = []
+        self.shapes: List[Tuple[torch.Size, torch.dtype]] = []
 
     def detach(self) -> None:
         """Give the IPUs back; weights, optimizer state and random state come to the host first."""
         if self.poplar.isCompiled() and self.poplar.isAttachedToDevice():
             self.poplar.detachFromDevice()
 
-    def check(self, tensors: Sequence[Tensor]) -> None:
-        """Check that examples are of the compiled shape.
+    def check(self, batch: Any, tensors: Sequence[Tensor]) -> None:
+        """Check that a batch is as those that were compiled for.
 
         Raises:
-            UserError: If they are not.
+            UserError: If it is not.
         """
-        shapes = [tensor.shape[1:] for tensor in tensors]
-        if shapes != self.shapes:
-            found = next((new for new, old in zip(shapes, self.shapes) if new != old), shapes)
+        if BatchLayout.of(batch) != self.layout:
             raise UserError(
-                f"A batch has examples of shape {_text(found)}, and the program was compiled for "
-                f"{_text(self.shapes)}. IPUs take one shape: pad all examples to one length."
+                "A batch has other entries than the first one, for which the program was compiled. "
+                "Let all loaders of a stage give batches of one structure."
             )
+        for found, expected in zip(examples_of(tensors), self.shapes):
+            if found != expected:
+                raise UserError(
+                    f"A batch has examples of shape {list(found[0])} ({found[1]}), and the program "
+                    f"was compiled for {list(expected[0])} ({expected[1]}). IPUs take one shape: "
+                    "pad all examples to one length."
+                )
 
 
 class IPUExecutor:
     """Runs a model's batches; see `pipeline.interface.PipelineExecutor`."""
-
-    gradients_on_host = False
 
     def __init__(
         self,
@@ -94,6 +98,8 @@ class IPUExecutor:
         """Of a checkpoint, until there is a program to take it."""
         self.loaded_num_ipus: Optional[int] = None
         self.compile_seconds = 0.0
+        self.ran_in_step = False
+        """Whether this training step has updated the weights; the strategy takes it back."""
         self._make_options = make_options
         self._batch_sizes = batch_sizes
         self._offline = offline
@@ -109,8 +115,13 @@ class IPUExecutor:
             loss: Tensor = self.module.pipeline_loss(self.output(batch), batch)
             return loss
         tensors = tensors_of(batch)
+        if self.ran_in_step:
+            raise UserError(
+                "run_loss was called twice in a training step, and on IPUs each call is a weight "
+                "update. Call it once, and put everything into pipeline_loss."
+            )
         graph = self.training or self.compile_training(batch)
-        graph.check(tensors)
+        graph.check(batch, tensors)
         if len(tensors[0]) != graph.batch_size:
             raise UserError(
                 f"A training batch has {len(tensors[0])} examples, and a call takes "
@@ -121,7 +132,8 @@ class IPUExecutor:
         self.optimizer.refresh(graph.poplar)  # once attached, so that it is sent at once
         result = graph.poplar(*tensors)
         self._weights_version += 1
-        return bridged_to(mean_loss(result, self.config), _check_factor)
+        self.ran_in_step = True
+        return bridged_to(mean_loss(result, self.config), _refuse_factor)
 
     def output(self, batch: Any) -> Any:
         """Return the output of the last block for every example of a batch."""
@@ -131,11 +143,9 @@ class IPUExecutor:
                 "Log from the loss, or evaluate in validation_step."
             )
         with torch.inference_mode(False), torch.no_grad():
-            tensors = [
-                tensor.clone() if tensor.is_inference() else tensor for tensor in tensors_of(batch)
-            ]
+            tensors = _normal(tensors_of(batch))
             graph = self.inference or self.compile_inference(batch)
-            graph.check(tensors)
+            graph.check(batch, tensors)
             if self._offline:
                 self.end_offline()
             self._give_weights_to(graph)
@@ -161,6 +171,12 @@ class IPUExecutor:
         """Bring the host's weights up to date, if they are not."""
         if self.training is not None and self.training.poplar.isCompiled():
             self.training.poplar.copyWeightsToHostIfNeeded()
+
+    def weights_were_loaded(self) -> None:
+        """Send the host's weights to the IPUs: somebody has loaded others into the module."""
+        self._weights_version += 1
+        if self.training is not None and self.training.poplar.isAttachedToDevice():
+            self.training.poplar.copyWeightsToDevice()
 
     def _give_weights_to(self, graph: CompiledGraph) -> None:
         """Attach the inference graph and bring its weights up to date, if they are not."""
@@ -193,11 +209,12 @@ class IPUExecutor:
 
     def destroy(self) -> None:
         """Free both programs; the weights come to the host first."""
-        for graph in (self.training, self.inference):
-            if graph is not None:
-                graph.poplar.destroy()
+        with ExitStack() as stack:  # what fails does not keep the rest
+            stack.callback(unwrap, self.module)
+            for graph in (self.inference, self.training):
+                if graph is not None:
+                    stack.callback(graph.poplar.destroy)
         self.training = self.inference = None
-        unwrap(self.module)
 
     # --- compilation ------------------------------------------------------------------------------
 
@@ -230,7 +247,7 @@ class IPUExecutor:
         calls = self.config.inference.micro_batches_per_call
         size = self._batch_sizes(False) or -(-count_examples(batch) // calls) * calls
         graph = CompiledGraph(self.config.inference, poplar, size, layout)
-        self._compile(graph, _padded(tensors_of(batch), 0, size))
+        self._compile(graph, _padded(_normal(tensors_of(batch)), 0, size))
         self.inference = graph
         self._inference_has = self._weights_version  # compiling has uploaded them
         return graph
@@ -238,7 +255,7 @@ class IPUExecutor:
     def _compile(self, graph: CompiledGraph, tensors: Sequence[Tensor]) -> None:
         plan, config = graph.graph, self.config
         stages = partition(self.module.pipeline_blocks(), plan.layers_per_ipu)
-        graph.shapes = [tensor.shape[1:] for tensor in tensors]
+        graph.shapes = examples_of(tensors)
         recompute = plan.training and config.recompute_checkpoint_every_layer
         begin = time.perf_counter()
         with annotated(self.module, stages, recompute, plan.embedding_serialization_factor):
@@ -294,7 +311,7 @@ def mean_loss(result: Tensor, config: IPUConfig) -> Tensor:
     return total.mean()
 
 
-def _check_factor(incoming: Tensor) -> None:
+def _refuse_factor(incoming: Tensor) -> None:
     """Refuse a loss that was scaled after `run_loss`: the weights have changed by then."""
     if float(incoming) != 1.0:
         raise UserError(
@@ -303,8 +320,30 @@ def _check_factor(incoming: Tensor) -> None:
         )
 
 
+def refuse_other_losses(loss: Tensor) -> None:
+    """Refuse a loss that has parts which the IPUs did not compute: nobody would follow them.
+
+    Raises:
+        UserError: If a parameter takes part in it on the host.
+    """
+    todo, seen = [loss.grad_fn], set()
+    while todo:
+        node: Any = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, "variable", None), torch.nn.Parameter):
+            raise UserError(
+                "The loss of training_step has a part that run_loss did not compute, and its "
+                "gradients would not reach the IPUs. Put it into pipeline_loss."
+            )
+        todo += [child for child, _ in node.next_functions]
+
+
 def _padded(tensors: Sequence[Tensor], first: int, size: int) -> List[Tensor]:
     """Return `size` examples from `first` on; where they end, the last one is repeated."""
+    if not first and len(tensors[0]) == size:
+        return list(tensors)
     index = torch.arange(first, first + size).clamp(max=len(tensors[0]) - 1)
     return [tensor[index] for tensor in tensors]
 
@@ -312,11 +351,21 @@ def _padded(tensors: Sequence[Tensor], first: int, size: int) -> List[Tensor]:
 def _join(parts: List[Any], examples: int) -> Any:
     """Put outputs of calls together, without what was only padding."""
     flat = [torch.utils._pytree.tree_flatten(part) for part in parts]
-    joined = [torch.cat(leaves)[:examples] for leaves in zip(*(leaves for leaves, _ in flat))]
+    joined = [_joined(leaves)[:examples] for leaves in zip(*(leaves for leaves, _ in flat))]
     return torch.utils._pytree.tree_unflatten(joined, flat[0][1])
 
 
-def _text(shapes: Any) -> str:
-    if isinstance(shapes, torch.Size):
-        return str(list(shapes))
-    return ", ".join(str(list(shape)) for shape in shapes)
+def _normal(tensors: Sequence[Tensor]) -> List[Tensor]:
+    """Lightning evaluates in inference mode, whose tensors no trace can use."""
+    return [tensor.clone() if tensor.is_inference() else tensor for tensor in tensors]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Float16 becomes float32: CPUs compute little in it, and losses would be coarse."""
+    whole = torch.cat(list(parts))
+    return whole.float() if whole.dtype == torch.float16 else whole
+
+
+def examples_of(tensors: Sequence[Tensor]) -> List[Tuple[torch.Size, torch.dtype]]:
+    """Return what all batches of a program share: the shape of an example, and its type."""
+    return [(tensor.shape[1:], tensor.dtype) for tensor in tensors]

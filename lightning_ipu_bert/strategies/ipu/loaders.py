@@ -45,6 +45,8 @@ def ipu_loader(
     poptorch = import_poptorch()
     if not isinstance(loader, DataLoader) or isinstance(loader, poptorch.DataLoader):
         return loader
+    if loader.batch_sampler is None:
+        return loader  # its data set gives whole batches
     batches = _batch_arguments(loader, graph, accumulation)
     if graph.training and not isinstance(loader.dataset, IterableDataset):
         sampler = batches.get("batch_sampler") or batches["sampler"]

@@ -6,7 +6,9 @@ its metrics to the IPU.
 
 from __future__ import annotations
 
-from typing import Any, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Iterator, List, Mapping, NamedTuple, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,23 @@ from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.interface import PipelineModule
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 from lightning_ipu_bert.strategies.micro_batches import count_examples
+
+
+class OnHost:
+    """Stands for what of a batch is no tensor, and so not on the IPUs."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise UserError(
+            "stage_forward or pipeline_loss uses something of the batch that is no tensor: on IPUs "
+            "it would be frozen as it was in the first batch. Make it a tensor with a value for "
+            "each example, or keep it in the module."
+        )
+
+    __bool__ = __len__ = __iter__ = __getitem__ = __float__ = __int__ = __index__ = _refuse
+    __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __truediv__ = _refuse
+    __lt__ = __gt__ = __call__ = _refuse
+    __eq__ = __ne__ = _refuse
+    __hash__ = None  # type: ignore[assignment]
 
 
 class BatchLayout(NamedTuple):
@@ -31,9 +50,9 @@ class BatchLayout(NamedTuple):
         return cls([isinstance(leaf, Tensor) for leaf in leaves], structure)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
-        """Return a batch of these tensors; whatever is none of them is None."""
+        """Return a batch of these tensors; whatever is none of them refuses to be used."""
         given: Iterator[Tensor] = iter(tensors)
-        leaves = [next(given) if is_tensor else None for is_tensor in self.leaves]
+        leaves = [next(given) if is_tensor else OnHost() for is_tensor in self.leaves]
         return torch.utils._pytree.tree_unflatten(leaves, self.structure)
 
 
@@ -81,7 +100,8 @@ class TracedNetwork(nn.Module):
         device = module._device
         module._device = tensors[0].device  # what stage_forward makes on self.device lies there
         try:
-            return module.stage_forward(module.pipeline_blocks(), None, batch), batch
+            with every_block_called(module):
+                return module.stage_forward(module.pipeline_blocks(), None, batch), batch
         finally:
             module._device = device
 
@@ -106,6 +126,32 @@ class InferenceNetwork(TracedNetwork):
         return self._run(tensors)[0]
 
 
+@contextmanager
+def every_block_called(module: Any) -> Iterator[None]:
+    """Check that all blocks are called within the context: IPUs place what is called.
+
+    Raises:
+        UserError: If one is not.
+    """
+    blocks = list(module.pipeline_blocks())
+    called: Set[str] = set()
+    with ExitStack() as undo:
+        for name in blocks:
+            note = partial(_note, called, name)
+            undo.callback(module.get_submodule(name).register_forward_pre_hook(note).remove)
+        yield
+    missing = [name for name in blocks if name not in called]
+    if missing:
+        raise UserError(
+            f"stage_forward does not call the block {missing[0]} as a module, so that IPUs cannot "
+            "place it. Call the submodule itself, block(hidden), and not parts of it."
+        )
+
+
+def _note(called: Set[str], name: str, module: nn.Module, inputs: Any) -> None:
+    called.add(name)
+
+
 def _add_under(root: nn.Module, name: str, block: nn.Module) -> None:
     """Put a block under a dotted name, so that its parameters are named as in the whole model."""
     *path, last = name.split(".")
@@ -120,7 +166,8 @@ def _add_under(root: nn.Module, name: str, block: nn.Module) -> None:
 def _plain(value: Any) -> Any:
     """Turn mappings of other kinds into dictionaries, whose leaves torch finds."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        # In one order, however a loader builds them: tensors are told apart by their place.
+        return {key: _plain(value[key]) for key in sorted(value, key=str)}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_plain(item) for item in value))
     if isinstance(value, (list, tuple)):

@@ -23,10 +23,14 @@ from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 NUMBERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "alpha")
 """What torch's optimizers keep per group and PopTorch's have, too."""
 
-STATE_NAMES = {"Accl1___": "exp_avg", "Accl2___": "exp_avg_sq", "Step___": "step"}
-"""PopART's prefixes before a parameter's name, and torch's keys, of Adam, AdamW and LAMB."""
-
-ADAM_FAMILY = ("Adam", "AdamW", "LAMB")
+MOMENTS = {"Accl1___": "exp_avg", "Accl2___": "exp_avg_sq", "Step___": "step"}
+STATE_NAMES = {
+    "Adam": MOMENTS,
+    "AdamW": MOMENTS,
+    "LAMB": MOMENTS,
+    "SGD": {"Accl1___": "momentum_buffer"},
+}
+"""By kind: PopART's prefixes before a parameter's name, and torch's keys."""
 
 
 class Extras(NamedTuple):
@@ -58,6 +62,9 @@ def to_poptorch(optimizer: Optimizer, extras: Extras) -> Any:
     momentum = half if extras.half_momentum else single
     first = optimizer.param_groups[0]
     arguments: Dict[str, Any] = {name: first[name] for name in NUMBERS if name in first}
+    for name in ("momentum", "dampening"):
+        if not arguments.get(name):  # given, even a 0 would be kept for each weight
+            arguments.pop(name, None)
     arguments["accum_type"] = half if extras.half_accumulators else single
     if extras.loss_scaling is not None:
         arguments["loss_scaling"] = extras.loss_scaling
@@ -106,6 +113,8 @@ class IPUOptimizer:
         """
         self.host = host
         self.poptorch = to_poptorch(host, extras)
+        # A look at a parameter, for a gradient that is never there, would fetch all weights.
+        vars(host)["zero_grad"] = _no_gradients
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._names = [names[id(p)] for group in host.param_groups for p in group["params"]]
         self._loaded: Dict[str, Dict[str, Any]] = {}
@@ -123,7 +132,7 @@ class IPUOptimizer:
     def state_dict(self) -> Dict[str, Any]:
         """Return the state in the format of the host's optimizer, on the CPU."""
         state = self.poptorch.state_dict().get("ipu_state")
-        by_name = self._loaded if state is None or self._loaded else _by_parameter(state)
+        by_name = self._loaded if state is None or self._loaded else self._by_parameter(state)
         numbered = {
             index: by_name[name] for index, name in enumerate(self._names) if name in by_name
         }
@@ -144,30 +153,57 @@ class IPUOptimizer:
         whole = self.poptorch.state_dict()
         if not loaded or whole.get("ipu_state") is None:
             return
-        if type(self.poptorch).__name__ not in ADAM_FAMILY:
+        if self._kind not in STATE_NAMES:
             rank_zero_info(
                 f"The state of {type(self.host).__name__} in the checkpoint cannot be given to the "
-                "IPUs: it begins anew. Adam, AdamW and LAMB go on with theirs."
+                f"IPUs: it begins anew. Those of {', '.join(STATE_NAMES)} go on."
             )
             return
-        filled = {key: _filled(key, value, loaded) for key, value in whole["ipu_state"].items()}
+        filled = {key: self._filled(key, v, loaded) for key, v in whole["ipu_state"].items()}
         self.poptorch.load_state_dict({**whole, "ipu_state": filled})
 
+    def give_back(self) -> None:
+        """Leave numbers and state with the host's optimizer: the IPUs are about to be gone."""
+        state = self.state_dict()
+        del vars(self.host)["zero_grad"]
+        self.host.load_state_dict(state)
 
-def _by_parameter(state: Mapping[str, Tensor]) -> Dict[str, Dict[str, Tensor]]:
-    """Turn PopART's names into torch's entries of each parameter; moments become float32."""
-    result: Dict[str, Dict[str, Tensor]] = {}
-    for key, value in state.items():
-        for prefix, name in STATE_NAMES.items():
-            if key.startswith(prefix):
-                result.setdefault(key[len(prefix) :], {})[name] = value.detach().float().clone()
-    return result
+    @property
+    def _kind(self) -> str:
+        return type(self.poptorch).__name__
+
+    @property
+    def _scale(self) -> float:
+        """PopART keeps SGD's velocity times the loss scaling, and Adam's moments without."""
+        return float(self.poptorch.loss_scaling) if self._kind == "SGD" else 1.0
+
+    def _by_parameter(self, state: Mapping[str, Tensor]) -> Dict[str, Dict[str, Tensor]]:
+        """Turn PopART's names into torch's entries of each parameter, as float32."""
+        result: Dict[str, Dict[str, Tensor]] = {}
+        for key, value in state.items():
+            prefix, name = _split(key, self._kind)
+            if name:
+                entry = result.setdefault(key[len(prefix) :], {})
+                entry[name] = value.detach().float() / self._scale
+        return result
+
+    def _filled(self, key: str, value: Tensor, loaded: Mapping[str, Mapping[str, Any]]) -> Tensor:
+        """Return the checkpoint's value for one of PopART's entries, in its shape and type."""
+        prefix, name = _split(key, self._kind)
+        found = loaded.get(key[len(prefix) :], {}).get(name)
+        if found is None:
+            return value.clone()
+        scaled = torch.as_tensor(found).detach().to("cpu", torch.float32) * self._scale
+        return scaled.to(value.dtype).reshape(value.shape).contiguous()
 
 
-def _filled(key: str, value: Tensor, loaded: Mapping[str, Mapping[str, Any]]) -> Tensor:
-    """Return the checkpoint's value for one of PopART's entries, in its shape and type."""
-    for prefix, name in STATE_NAMES.items():
-        if key.startswith(prefix) and name in loaded.get(key[len(prefix) :], {}):
-            found = torch.as_tensor(loaded[key[len(prefix) :]][name])
-            return found.detach().to("cpu", value.dtype).reshape(value.shape).contiguous().clone()
-    return value.clone()
+def _split(key: str, kind: str) -> Tuple[str, str]:
+    """Return the prefix of one of PopART's entries and torch's name for it, or nothing twice."""
+    for prefix, name in STATE_NAMES.get(kind, {}).items():
+        if key.startswith(prefix):
+            return prefix, name
+    return "", ""
+
+
+def _no_gradients(set_to_none: bool = True) -> None:
+    """Do nothing: there are no gradients on the host."""

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -25,7 +25,7 @@ from lightning_ipu_bert.pipeline.ipu_config import SPELLINGS, IPUConfig
 from lightning_ipu_bert.strategies.ipu import checks
 from lightning_ipu_bert.strategies.ipu.config_file import read_values, save_ipu_config
 from lightning_ipu_bert.strategies.ipu.console import flags_without_ipus, plan_lines
-from lightning_ipu_bert.strategies.ipu.executor import IPUExecutor
+from lightning_ipu_bert.strategies.ipu.executor import IPUExecutor, refuse_other_losses
 from lightning_ipu_bert.strategies.ipu.loaders import LoaderMode, ipu_loader
 from lightning_ipu_bert.strategies.ipu.optimizer import Extras, IPUOptimizer
 from lightning_ipu_bert.strategies.ipu.options import Surroundings, ipu_options
@@ -131,6 +131,8 @@ class IPUStrategy(IPUProcess):
         self._batch_sizes: Dict[bool, int] = {}
         self._loaded: Dict[str, Any] = {}
         self._every_update: List[Any] = []
+        self._last_rng_state: Optional[List[int]] = None
+        self._failed = False
         self._cleanup = ExitStack()
         self._plan = plan
         self._overridden = {
@@ -181,6 +183,7 @@ class IPUStrategy(IPUProcess):
     def setup(self, trainer: Trainer) -> None:
         """Prepare what runs the module; programs are compiled with the first batch."""
         module: Any = self.lightning_module
+        self._failed = False
         self.precision_plugin.convert_module(module)
         self._cleanup.enter_context(profiled(self.ipu_config.profile_dir))
         self._executor = module._executor = IPUExecutor(
@@ -190,6 +193,8 @@ class IPUStrategy(IPUProcess):
             lambda training: self._batch_sizes.get(training),
             offline=self._compile_only,
         )
+        hook = module.register_load_state_dict_post_hook(self._weights_were_loaded)
+        self._cleanup.callback(hook.remove)
         self._executor.loaded_rng_state = self._loaded.get("rng_state")
         self._executor.loaded_num_ipus = self._loaded.get("num_ipus")
         if trainer.state.fn == TrainerFn.FITTING:
@@ -282,8 +287,29 @@ class IPUStrategy(IPUProcess):
         trainer = module.trainer
         if trainer.estimated_stepping_batches != float("inf"):
             rank_zero_info(f"Total optimization steps: {module.estimated_updates():,}")
+        if self.updates_per_batch > 1:
+            rank_zero_info(
+                f"device_iterations={self.updates_per_batch}: a batch is so many updates. Where a "
+                "schedule needs its length, use self.estimated_updates(), and not "
+                "trainer.estimated_stepping_batches, which counts batches."
+            )
         if self._compile_only:
             self._compile_and_end(trainer)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own training_step; its `run_loss` runs the IPUs."""
+        assert self._executor is not None
+        self._executor.ran_in_step = False
+        return super().training_step(*args, **kwargs)
+
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Call the hooks around `backward`; gradients were computed with the loss."""
+        refuse_other_losses(closure_loss)
+        return super().backward(closure_loss, *args, **kwargs)
+
+    def _weights_were_loaded(self, module: Any, keys: Any) -> None:
+        if self._executor is not None:
+            self._executor.weights_were_loaded()
 
     def optimizer_step(
         self,
@@ -306,6 +332,9 @@ class IPUStrategy(IPUProcess):
         assert self._executor is not None
         self._executor.compile_training(next(iter(trainer.train_dataloader)))
         trainer.lightning_module.eval()
+        if trainer.enable_validation:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loaders = trainer.val_dataloaders
         for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
             if loader is not None and self._executor.inference is None:
@@ -341,12 +370,12 @@ class IPUStrategy(IPUProcess):
         self, checkpoint: Dict[str, Any], filepath: Any, storage_options: Optional[Any] = None
     ) -> None:
         """Save, with the random state of the IPUs; the IPU config goes into the same folder."""
-        if self._executor is not None:
-            checkpoint[CHECKPOINT_KEY] = {
-                "config": self.ipu_config.to_dict(),
-                "num_ipus": self.ipu_config.training.num_ipus,
-                "rng_state": self._executor.rng_state(),
-            }
+        rng_state = self._executor.rng_state() if self._executor else self._last_rng_state
+        checkpoint[CHECKPOINT_KEY] = {
+            "config": self.ipu_config.to_dict(),
+            "num_ipus": self.num_ipus,
+            "rng_state": rng_state,
+        }
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self.is_global_zero and "://" not in str(filepath):
             save_ipu_config(self.ipu_config, Path(filepath).parent)
@@ -359,6 +388,8 @@ class IPUStrategy(IPUProcess):
         given = {} if weights_only is None else {"weights_only": weights_only}
         checkpoint: Dict[str, Any] = super().load_checkpoint(checkpoint_path, **given)
         self._loaded = checkpoint.get(CHECKPOINT_KEY) or {}
+        saved = self._loaded.get("config", {}).get("device_iterations", 1)
+        checks.check_progress(checkpoint, saved, self.updates_per_batch)
         return checkpoint
 
     def teardown(self) -> None:
@@ -369,10 +400,20 @@ class IPUStrategy(IPUProcess):
             module._executor = None
         self._options, self._batch_sizes, self._loaded = {}, {}, {}
         try:
-            if executor is not None:
-                executor.destroy()
-        finally:
-            self._cleanup.close()
+            with self._cleanup:
+                if executor is not None:
+                    self._cleanup.callback(executor.destroy)
+                    self._last_rng_state = executor.rng_state()
+                    if executor.optimizer is not None:
+                        executor.optimizer.give_back()
+        except Exception as error:
+            if not self._failed:
+                raise
+            rank_zero_warn(f"The IPUs could not be given back in order: {error}")
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Remember that the run has failed: what fails after it must not hide why."""
+        self._failed = True
 
 
 def _check_shape_of_plan(stages_per_rank: int, schedule: str) -> None:

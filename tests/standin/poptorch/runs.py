@@ -151,6 +151,7 @@ class Runs:
                             gradients[name],
                             self._optimizer_state,
                             name,
+                            self._numbers["loss_scaling"][0],
                         )
 
     def _returned(self, parts):

@@ -34,8 +34,8 @@ def clipped(gradients, limit):
     return {name: g * factor for name, g in gradients.items()}
 
 
-def update(kind, numbers, weight, gradient, state, name):
-    """Change one weight and its state in place."""
+def update(kind, numbers, weight, gradient, state, name, loss_scaling=1.0):
+    """Change one weight and its state in place. SGD's velocity is kept times the loss scaling."""
     value = {k: v for k, (v, _) in numbers.items()}
     gradient, w = gradient.float(), weight.float()
     if kind in ADAM_FAMILY:
@@ -51,8 +51,9 @@ def update(kind, numbers, weight, gradient, state, name):
         step = gradient + value["weight_decay"] * w
         if f"Accl1___{name}" in state:
             velocity = state[f"Accl1___{name}"]
-            velocity.mul_(value["momentum"]).add_(step * (1 - value["dampening"]))
-            step = velocity
+            fresh = step * (1 - value["dampening"]) * loss_scaling
+            velocity.mul_(value["momentum"]).add_(fresh)
+            step = velocity / loss_scaling
     else:
         raise NotImplementedError(kind)
     weight.copy_(w - value["lr"] * step)

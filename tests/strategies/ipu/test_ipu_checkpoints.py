@@ -21,7 +21,7 @@ from model_helpers import needs_pipelining
 from models import GLOBAL_BATCH, ZERO
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_ipu_bert import IPUConfig
+from lightning_ipu_bert import IPUConfig, UserError
 from lightning_ipu_bert.model.checkpoint import AtomicCheckpointIO
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -174,24 +174,72 @@ def test_half_precision_goes_on_as_if_nothing_had_been(tmp_path):
     assert all((weights[name] == expected[name]).all() for name in weights)
 
 
-def test_state_that_cannot_be_carried_is_named(tmp_path, caplog):
-    def momentum(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+def test_momentum_goes_on_too(tmp_path):
+    """PopART keeps SGD's velocity times the loss scaling."""
 
-    paths = []
-    for epochs in (1, 2):
+    def momentum(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+
+    def fit(name, make, epochs, ckpt_path=None, **options):
         module, examples = with_adamw("language model")
         type(module).configure_optimizers = momentum
-        keeper = ModelCheckpoint(tmp_path / str(epochs), filename="kept")
-        trainer = (
-            ipu_trainer(tmp_path, keeper, max_epochs=epochs)
-            if epochs == 2
-            else (plain_trainer(tmp_path, keeper))
-        )
-        path = paths[0] if paths else None
-        trainer.fit(module, loader(examples, 1 if epochs == 1 else 2), ckpt_path=path)
-        paths.append(tmp_path / str(epochs) / "kept.ckpt")
-    assert "The state of SGD in the checkpoint cannot be given to the IPUs" in caplog.text
+        losses, keeper = Losses(), ModelCheckpoint(tmp_path / name, filename="kept")
+        trainer = make(tmp_path, losses, keeper, max_epochs=epochs, **options)
+        replicas = 1 if make is plain_trainer else 2
+        trainer.fit(module, loader(examples, replicas), ckpt_path=ckpt_path)
+        return losses.losses, tmp_path / name / "kept.ckpt"
+
+    whole, _ = fit("whole", plain_trainer, 3)
+    first, path = fit("a", plain_trainer, 1)
+    second, path = fit("b", ipu_trainer, 2, path, strategy=ipu_strategy(loss_scaling=16.0))
+    third, _ = fit("c", plain_trainer, 3, path)
+    assert first + second + third == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_checkpoint_saved_after_fit_is_as_whole_as_one_saved_in_it(tmp_path):
+    module, examples = with_adamw("bert")
+    keeper = ModelCheckpoint(tmp_path, filename="inside")
+    trainer = ipu_trainer(tmp_path, keeper)
+    trainer.fit(module, loader(examples))
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    inside, after = (
+        torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("inside", "after")
+    )
+    assert after["ipu"] == inside["ipu"]
+    for index, entry in inside["optimizer_states"][0]["state"].items():
+        for name, value in entry.items():
+            assert (after["optimizer_states"][0]["state"][index][name] == value).all()
+
+
+def test_the_middle_of_an_epoch_goes_on_with_the_same_iterations_only(tmp_path):
+    module, examples = with_adamw("bert", updates=4)
+    keeper = ModelCheckpoint(tmp_path, filename="half", every_n_train_steps=2)
+    twice = {"ipu_config": {"device_iterations": 2}}
+    ipu_trainer(tmp_path, keeper, strategy=ipu_strategy(**twice)).fit(module, loader(examples))
+    path = tmp_path / "half.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="middle of an epoch with device_iterations=2, and 1 is"):
+        ipu_trainer(tmp_path, max_epochs=2).fit(module, loader(examples), ckpt_path=path)
+
+
+def test_weights_loaded_in_between_reach_the_ipus(tmp_path):
+    class BackToStart(pl.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            self.state = {k: v.clone() for k, v in pl_module.state_dict().items()}
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            pl_module.load_state_dict(self.state)
+
+    found = []
+    for make, replicas in ((plain_trainer, 1), (ipu_trainer, 2)):
+        module, examples = with_adamw("bert")
+        losses = Losses()
+        trainer = make(tmp_path, losses, BackToStart(), max_epochs=2)
+        trainer.fit(module, loader(examples, replicas), loader(examples, replicas))
+        found.append([*losses.losses, float(trainer.callback_metrics["val/loss"])])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_a_save_that_is_interrupted_leaves_the_last_one_whole(tmp_path, monkeypatch):

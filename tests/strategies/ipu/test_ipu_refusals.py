@@ -11,14 +11,17 @@ import pytest
 import torch
 from ipu_runs import ipu_strategy, ipu_trainer, loader, with_adamw
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     GradientAccumulationScheduler,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
 from models import make_model
+from torch import nn
 
 from lightning_ipu_bert import IPUAccelerator, IPUStrategy, UserError
+from lightning_ipu_bert.model.stages import SpanLogits
 
 
 class TwoOptimizers:
@@ -84,11 +87,45 @@ class OutputInTraining:
 
 
 class NumberInBatch:
-    def stage_forward(self, blocks, hidden, batch):
-        return super().stage_forward(blocks, hidden, batch)
-
     def training_step(self, batch, batch_idx):
         return self.run_loss({**batch, "weight": torch.tensor(2.0)})
+
+
+class PlainNumberInBatch:
+    def training_step(self, batch, batch_idx):
+        return self.run_loss({**batch, "double": True})
+
+    def stage_forward(self, blocks, hidden, batch):
+        hidden = super().stage_forward(blocks, hidden, batch)
+        return tuple(2 * h for h in hidden) if batch["double"] else hidden
+
+
+class Penalty:
+    def training_step(self, batch, batch_idx):
+        return self.run_loss(batch) + sum(p.square().sum() for p in self.parameters())
+
+
+class TwoLosses:
+    def training_step(self, batch, batch_idx):
+        return self.run_loss(batch) + self.run_loss(batch)
+
+
+class PartsOfBlocks:
+    def stage_forward(self, blocks, hidden, batch):
+        head = self.qa_outputs
+        hidden = super().stage_forward(blocks[:-1], hidden, batch)
+        scores = nn.functional.linear(hidden, head.weight, head.bias)
+        return SpanLogits(*scores.unbind(-1))
+
+
+class WithoutEps:
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), eps=0.0)
+
+
+class WithDampening:
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, dampening=0.5)
 
 
 TWICE = {"ipu_config": {"device_iterations": 2}}
@@ -133,6 +170,13 @@ REFUSALS = {
     "frequency of a schedule": (OddSchedule, {}, TWICE, "frequency=3 updates"),
     "scaled loss": (ScaledLoss, {}, {}, "was multiplied by 0.5 after run_loss"),
     "run_output in training": (OutputInTraining, {}, {}, "would change programs on the IPUs"),
+    "penalty": (Penalty, {}, {}, "has a part that run_loss did not compute"),
+    "two losses": (TwoLosses, {}, {}, "run_loss was called twice"),
+    "parts of blocks": (PartsOfBlocks, {}, {}, "does not call the block qa_outputs as a module"),
+    "what is no tensor": (PlainNumberInBatch, {}, {}, "uses something of the batch that is no"),
+    "eps": (WithoutEps, {}, {}, "must be above 0 on IPUs"),
+    "dampening": (WithDampening, {}, {}, r"SGD\(dampening=0.5\)"),
+    "finetuning": (None, {"callbacks": [BackboneFinetuning()]}, {}, "BaseFinetuning cannot work"),
     "numbers in a batch": (NumberInBatch, {}, {}, r"holds a tensor of shape \[\]"),
     "devices": (None, {"devices": 8}, {}, "devices=8 does not fit 2 stages x"),
     "accumulation": (None, {}, {"gradient_accumulation_steps": 2}, "the 3 training stages"),
@@ -162,7 +206,7 @@ def test_fit_refuses(case, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         trainer.fit(module, loader(examples))
     assert "\n" not in str(caught.value)
-    if case not in ("scaled loss",):
+    if case not in ("scaled loss", "penalty", "two losses"):  # the first update was done by then
         assert poptorch.device.COUNTS["to_device"] == 0
 
 
@@ -190,7 +234,12 @@ def test_what_only_ranks_have_is_refused(changes):
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp"])
-def test_ipus_with_another_strategy_are_refused_and_nothing_is_started(strategy, tmp_path):
+def test_ipus_with_another_strategy_are_refused_and_nothing_is_started(
+    strategy, tmp_path, monkeypatch
+):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # DDP sets them, and leaves them
+        monkeypatch.delenv(name)
     module, examples = make_model("language model")
     trainer = ipu_trainer(tmp_path, strategy=strategy, devices=4)
     with pytest.raises(UserError, match="accelerator='ipu' works with IPUStrategy"):

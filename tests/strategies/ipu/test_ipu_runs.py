@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -91,10 +92,10 @@ def test_the_flags_of_the_error_run_the_same_plan_without_ipus(in_folder, monkey
         main(["fit", "--config", "ipu_debug", *TINY])
     assert ended.value.code == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    flags = re.search(r"without IPUs: (.*) \(on GPUs", line).group(1).split()
+    flags = re.search(r"without IPUs: (.*) \(on GPUs", line).group(1)
     command = [sys.executable, "-m", "lightning_ipu_bert", "fit", "--config", "ipu_debug"]
     done = subprocess.run(
-        [*command, *TINY, *flags],
+        [*command, *TINY, *shlex.split(flags)],
         cwd=in_folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
         capture_output=True,
