@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Mapping, Tuple
+from typing import Any, Iterator, List, Mapping, Sequence, Tuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.interface import check_module
-from lightning_ipu_bert.pipeline.ipu_config import IPUConfig
+from lightning_ipu_bert.pipeline.ipu_config import Graph, IPUConfig
 from lightning_ipu_bert.pipeline.ipu_rules import check_graph
 from lightning_ipu_bert.pipeline.partition import partition
 
@@ -30,8 +30,26 @@ REFUSED = {
 }
 """Callbacks that cannot work on IPUs, and why."""
 
-OPTIMIZERS = (AdamW, Adam, SGD, RMSprop)
-"""What PopTorch has of torch's."""
+OPTIMIZERS = (AdamW, Adam, SGD)
+"""What PopTorch computes as torch does, with a state that is known."""
+
+
+def check_shape_of_plan(stages_per_rank: int, schedule: str) -> None:
+    """Check what only ranks can have.
+
+    Raises:
+        UserError: If it is asked for.
+    """
+    if stages_per_rank != 1:
+        raise UserError(
+            f"stages_per_rank={stages_per_rank} is not possible on IPUs: each holds one stage. "
+            "Set it to 1, or leave it out."
+        )
+    if schedule != "1f1b":
+        raise UserError(
+            f"schedule={schedule!r} is not possible on IPUs: PopTorch runs its own, which is "
+            "1f1b. Leave it out."
+        )
 
 
 def check_progress(checkpoint: Mapping[str, Any], saved: int, iterations: int) -> None:
@@ -43,8 +61,15 @@ def check_progress(checkpoint: Mapping[str, Any], saved: int, iterations: int) -
         iterations: `device_iterations` now.
 
     Raises:
-        UserError: If a batch has become another number of updates.
+        UserError: If a batch has become another number of updates, or the updates so far are no
+            whole number of batches, so that no interval would ever be hit.
     """
+    updates = checkpoint.get("global_step", 0)
+    if updates % iterations:
+        raise UserError(
+            f"The checkpoint has made {updates} updates, which device_iterations={iterations} does "
+            "not divide: no interval would be hit. Use one that divides it, e.g. 1."
+        )
     loops = checkpoint.get("loops", {}).get("fit_loop", {})
     batches = loops.get("epoch_loop.batch_progress", {})
     middle = batches.get("current", {}).get("completed", 0) and not batches.get("is_last_batch")
@@ -62,13 +87,26 @@ SEVERAL_OPTIMIZERS = (
 )
 
 
-def check_graphs(trainer: Trainer, module: LightningModule, config: IPUConfig, auto: bool) -> None:
-    """Check that a module can be cut as planned, for what the Trainer is about to do.
+def graphs_of(trainer: Trainer, config: IPUConfig) -> List[Graph]:
+    """Return what will be compiled for what the Trainer is about to do.
 
     Args:
         trainer: Knows whether it trains, evaluates, or does both.
+        config: How the module runs.
+    """
+    trains = trainer.state.fn == TrainerFn.FITTING
+    graphs = [config.training] if trains else []
+    if not trains or trainer.enable_validation:
+        graphs.append(config.inference)
+    return graphs
+
+
+def check_graphs(graphs: Sequence[Graph], module: LightningModule, auto: bool) -> None:
+    """Check that a module can be cut as planned.
+
+    Args:
+        graphs: What will be compiled.
         module: The module.
-        config: How it runs.
         auto: Whether more IPUs may be taken than are used.
 
     Raises:
@@ -76,10 +114,6 @@ def check_graphs(trainer: Trainer, module: LightningModule, config: IPUConfig, a
     """
     check_module(module)
     blocks = list(module.pipeline_blocks())  # type: ignore[operator]
-    trains = trainer.state.fn == TrainerFn.FITTING
-    graphs = [config.training] if trains else []
-    if not trains or trainer.enable_validation:
-        graphs.append(config.inference)
     for graph in graphs:
         partition(blocks, graph.layers_per_ipu)
         check_graph(graph, auto)
@@ -152,9 +186,9 @@ def check_optimizers(
         raise UserError(SEVERAL_OPTIMIZERS)
     optimizer: Optimizer = optimizers[0]
     name = type(optimizer).__name__
-    if not isinstance(optimizer, OPTIMIZERS):
+    if type(optimizer) not in OPTIMIZERS:  # a class derived from one may do something else
         known = ", ".join(kind.__name__ for kind in OPTIMIZERS)
-        raise UserError(f"{name} is not possible on IPUs. PopTorch has {known}, and LAMB by lamb.")
+        raise UserError(f"{name} is not possible on IPUs. Use {known}, or LAMB by lamb.")
     if lamb and not isinstance(optimizer, AdamW):
         raise UserError(f"lamb takes its numbers from an AdamW, and {name} was given. Use AdamW.")
     if clip and (lamb or not _clips_as_torch_does(optimizer)):

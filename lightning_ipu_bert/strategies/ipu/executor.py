@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_ipu_bert.errors import UserError
-from lightning_ipu_bert.pipeline.ipu_config import Graph, IPUConfig
+from lightning_ipu_bert.pipeline.ipu_config import IPUConfig
 from lightning_ipu_bert.pipeline.partition import partition
 from lightning_ipu_bert.strategies.bridge import bridged_to
 from lightning_ipu_bert.strategies.ipu.annotations import annotated
+from lightning_ipu_bert.strategies.ipu.compiled_graph import (
+    CompiledGraph,
+    examples_of,
+    joined,
+    normal,
+    padded,
+)
+from lightning_ipu_bert.strategies.ipu.losses import mean_loss, refuse_factor
 from lightning_ipu_bert.strategies.ipu.network import (
     BatchLayout,
     InferenceNetwork,
@@ -24,49 +32,6 @@ from lightning_ipu_bert.strategies.ipu.network import (
 from lightning_ipu_bert.strategies.ipu.optimizer import IPUOptimizer
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 from lightning_ipu_bert.strategies.micro_batches import count_examples
-
-
-class CompiledGraph:
-    """A graph, and what it was compiled for."""
-
-    def __init__(self, graph: Graph, poplar: Any, batch_size: int, layout: BatchLayout) -> None:
-        """Create one.
-
-        Args:
-            graph: Its plan.
-            poplar: PopTorch's executor.
-            batch_size: Examples of a call.
-            layout: Of its batches.
-        """
-        self.graph = graph
-        self.poplar = poplar
-        self.batch_size = batch_size
-        self.layout = layout
-        self.shapes: List[Tuple[torch.Size, torch.dtype]] = []
-
-    def detach(self) -> None:
-        """Give the IPUs back; weights, optimizer state and random state come to the host first."""
-        if self.poplar.isCompiled() and self.poplar.isAttachedToDevice():
-            self.poplar.detachFromDevice()
-
-    def check(self, batch: Any, tensors: Sequence[Tensor]) -> None:
-        """Check that a batch is as those that were compiled for.
-
-        Raises:
-            UserError: If it is not.
-        """
-        if BatchLayout.of(batch) != self.layout:
-            raise UserError(
-                "A batch has other entries than the first one, for which the program was compiled. "
-                "Let all loaders of a stage give batches of one structure."
-            )
-        for found, expected in zip(examples_of(tensors), self.shapes):
-            if found != expected:
-                raise UserError(
-                    f"A batch has examples of shape {list(found[0])} ({found[1]}), and the program "
-                    f"was compiled for {list(expected[0])} ({expected[1]}). IPUs take one shape: "
-                    "pad all examples to one length."
-                )
 
 
 class IPUExecutor:
@@ -133,7 +98,7 @@ class IPUExecutor:
         result = graph.poplar(*tensors)
         self._weights_version += 1
         self.ran_in_step = True
-        return bridged_to(mean_loss(result, self.config), _refuse_factor)
+        return bridged_to(mean_loss(result, self.config), refuse_factor)
 
     def output(self, batch: Any) -> Any:
         """Return the output of the last block for every example of a batch."""
@@ -143,7 +108,7 @@ class IPUExecutor:
                 "Log from the loss, or evaluate in validation_step."
             )
         with torch.inference_mode(False), torch.no_grad():
-            tensors = _normal(tensors_of(batch))
+            tensors = normal(tensors_of(batch))
             graph = self.inference or self.compile_inference(batch)
             graph.check(batch, tensors)
             if self._offline:
@@ -151,10 +116,10 @@ class IPUExecutor:
             self._give_weights_to(graph)
             examples = len(tensors[0])
             parts = [
-                graph.poplar(*_padded(tensors, first, graph.batch_size))
+                graph.poplar(*padded(tensors, first, graph.batch_size))
                 for first in range(0, examples, graph.batch_size)
             ]
-        return _join(parts, examples)
+        return joined(parts, examples)
 
     def end_offline(self) -> None:
         """End a run that only compiles.
@@ -247,7 +212,7 @@ class IPUExecutor:
         calls = self.config.inference.micro_batches_per_call
         size = self._batch_sizes(False) or -(-count_examples(batch) // calls) * calls
         graph = CompiledGraph(self.config.inference, poplar, size, layout)
-        self._compile(graph, _padded(_normal(tensors_of(batch)), 0, size))
+        self._compile(graph, padded(normal(tensors_of(batch)), 0, size))
         self.inference = graph
         self._inference_has = self._weights_version  # compiling has uploaded them
         return graph
@@ -295,77 +260,3 @@ def unwrap(module: torch.nn.Module) -> None:
     for tensor in [*module.parameters(), *module.buffers()]:
         if type(tensor).__name__ in ("PoptorchParameter", "PoptorchBuffer"):
             tensor.__class__ = type(tensor).__bases__[0]
-
-
-def mean_loss(result: Tensor, config: IPUConfig) -> Tensor:
-    """Return the mean over what a training call returns.
-
-    Args:
-        result: Losses by `config.output_mode`: sums over a replica's micro-batches, [R]; all of
-            them, [D x A x R]; or the last one of each replica, [R].
-        config: Says how many there are.
-    """
-    total = result.detach().float()
-    if config.output_mode == "sum":
-        return total.mean() / (config.device_iterations * config.gradient_accumulation_steps)
-    return total.mean()
-
-
-def _refuse_factor(incoming: Tensor) -> None:
-    """Refuse a loss that was scaled after `run_loss`: the weights have changed by then."""
-    if float(incoming) != 1.0:
-        raise UserError(
-            f"The loss was multiplied by {float(incoming):g} after run_loss, and on IPUs the "
-            "update is done by then. Scale it in pipeline_loss."
-        )
-
-
-def refuse_other_losses(loss: Tensor) -> None:
-    """Refuse a loss that has parts which the IPUs did not compute: nobody would follow them.
-
-    Raises:
-        UserError: If a parameter takes part in it on the host.
-    """
-    todo, seen = [loss.grad_fn], set()
-    while todo:
-        node: Any = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(getattr(node, "variable", None), torch.nn.Parameter):
-            raise UserError(
-                "The loss of training_step has a part that run_loss did not compute, and its "
-                "gradients would not reach the IPUs. Put it into pipeline_loss."
-            )
-        todo += [child for child, _ in node.next_functions]
-
-
-def _padded(tensors: Sequence[Tensor], first: int, size: int) -> List[Tensor]:
-    """Return `size` examples from `first` on; where they end, the last one is repeated."""
-    if not first and len(tensors[0]) == size:
-        return list(tensors)
-    index = torch.arange(first, first + size).clamp(max=len(tensors[0]) - 1)
-    return [tensor[index] for tensor in tensors]
-
-
-def _join(parts: List[Any], examples: int) -> Any:
-    """Put outputs of calls together, without what was only padding."""
-    flat = [torch.utils._pytree.tree_flatten(part) for part in parts]
-    joined = [_joined(leaves)[:examples] for leaves in zip(*(leaves for leaves, _ in flat))]
-    return torch.utils._pytree.tree_unflatten(joined, flat[0][1])
-
-
-def _normal(tensors: Sequence[Tensor]) -> List[Tensor]:
-    """Lightning evaluates in inference mode, whose tensors no trace can use."""
-    return [tensor.clone() if tensor.is_inference() else tensor for tensor in tensors]
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Float16 becomes float32: CPUs compute little in it, and losses would be coarse."""
-    whole = torch.cat(list(parts))
-    return whole.float() if whole.dtype == torch.float16 else whole
-
-
-def examples_of(tensors: Sequence[Tensor]) -> List[Tuple[torch.Size, torch.dtype]]:
-    """Return what all batches of a program share: the shape of an example, and its type."""
-    return [(tensor.shape[1:], tensor.dtype) for tensor in tensors]

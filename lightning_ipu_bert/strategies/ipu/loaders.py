@@ -6,13 +6,7 @@ from typing import Any, Dict, Literal
 
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    SequentialSampler,
-)
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lightning_ipu_bert.pipeline.batches import micro_batch_size_of
 from lightning_ipu_bert.pipeline.ipu_config import Graph
@@ -78,13 +72,8 @@ def _batch_arguments(loader: Any, graph: Graph, accumulation: int) -> Dict[str, 
         batches = batches._batch_sampler
     if type(batches) is not BatchSampler:
         return {"batch_sampler": batches}
-    sampler = batches.sampler
-    if not graph.training and isinstance(sampler, DistributedSampler):
-        sampler = SequentialSampler(loader.dataset)  # every process evaluates everything
-    return {
-        "batch_size": _micro_batch_size(batches.batch_size, graph, accumulation),
-        "sampler": sampler,
-    }
+    micro_batch_size = _micro_batch_size(batches.batch_size, graph, accumulation)
+    return {"batch_size": micro_batch_size, "sampler": batches.sampler}
 
 
 def _micro_batch_size(batch_size: int, graph: Graph, accumulation: int) -> int:

@@ -76,7 +76,7 @@ def tensors_of(batch: Any) -> List[Tensor]:
 
 
 class TracedNetwork(nn.Module):
-    """All blocks of a model under their names, and nothing else of it."""
+    """All blocks of a model under their names, and of the rest only its buffers."""
 
     def __init__(self, module: PipelineModule, layout: BatchLayout) -> None:
         """Create what is traced.
@@ -90,6 +90,9 @@ class TracedNetwork(nn.Module):
         self._layout = layout
         for name in module.pipeline_blocks():
             _add_under(self, name, module.get_submodule(name))  # type: ignore[attr-defined]
+        self._beside = list(_buffers_beside_blocks(module))
+        for index, (owner, name) in enumerate(self._beside):
+            self.register_buffer(f"beside_{index}", owner._buffers[name])
         # Only its own: users may have put some blocks into evaluation mode.
         self.training = module.training  # type: ignore[attr-defined]
 
@@ -105,16 +108,28 @@ class TracedNetwork(nn.Module):
         finally:
             module._device = device
 
+    @contextmanager
+    def _buffers_lent(self) -> Iterator[None]:
+        """Let the model see its buffers as they are on the IPUs, such as weights of its loss."""
+        own = [owner._buffers[name] for owner, name in self._beside]
+        try:
+            for index, (owner, name) in enumerate(self._beside):
+                owner._buffers[name] = getattr(self, f"beside_{index}")
+            yield
+        finally:
+            for (owner, name), buffer in zip(self._beside, own):
+                owner._buffers[name] = buffer
+
 
 class TrainingNetwork(TracedNetwork):
     """Tensors of a micro-batch in, its loss out."""
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Return the loss, from which PopTorch goes backward."""
-        output, batch = self._run(tensors)
-        module: Any = self._host[0]
-        poptorch: Any = import_poptorch()
-        loss: Tensor = poptorch.identity_loss(module.pipeline_loss(output, batch), "none")
+        module, poptorch = self._host[0], import_poptorch()
+        with self._buffers_lent():
+            output, batch = self._run(tensors)
+            loss: Tensor = poptorch.identity_loss(module.pipeline_loss(output, batch), "none")
         return loss.float()  # a sum of many losses would be coarse in float16
 
 
@@ -123,7 +138,8 @@ class InferenceNetwork(TracedNetwork):
 
     def forward(self, *tensors: Tensor) -> Any:
         """Return the output of the last block."""
-        return self._run(tensors)[0]
+        with self._buffers_lent():
+            return self._run(tensors)[0]
 
 
 @contextmanager
@@ -150,6 +166,20 @@ def every_block_called(module: Any) -> Iterator[None]:
 
 def _note(called: Set[str], name: str, module: nn.Module, inputs: Any) -> None:
     called.add(name)
+
+
+def _buffers_beside_blocks(module: Any) -> Iterator[Tuple[nn.Module, str]]:
+    """Find the buffers that belong to no block: the submodule that has each, and its name there."""
+    inside = {
+        id(part)
+        for block in module.pipeline_blocks()
+        for part in module.get_submodule(block).modules()
+    }
+    for owner in module.modules():
+        if id(owner) not in inside:
+            for name, buffer in owner._buffers.items():
+                if buffer is not None:
+                    yield owner, name
 
 
 def _add_under(root: nn.Module, name: str, block: nn.Module) -> None:

@@ -14,13 +14,12 @@ from __future__ import annotations
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
-NUMBERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "alpha")
+NUMBERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov")
 """What torch's optimizers keep per group and PopTorch's have, too."""
 
 MOMENTS = {"Accl1___": "exp_avg", "Accl2___": "exp_avg_sq", "Step___": "step"}
@@ -75,8 +74,6 @@ def to_poptorch(optimizer: Optimizer, extras: Extras) -> Any:
     else:
         arguments["first_order_momentum_accum_type"] = momentum
         arguments["second_order_momentum_accum_type"] = single
-    if isinstance(optimizer, RMSprop):
-        arguments["centered"] = first["centered"]
     if "betas" in arguments:
         arguments["betas"] = tuple(arguments["betas"])  # PopTorch takes no list
     return _kind(kinds, optimizer, extras.lamb)(_groups(optimizer), **arguments)
@@ -85,8 +82,7 @@ def to_poptorch(optimizer: Optimizer, extras: Extras) -> Any:
 def _kind(kinds: Any, optimizer: Optimizer, lamb: bool) -> Any:
     if isinstance(optimizer, AdamW):  # before Adam, its base in newer versions of torch
         return kinds.LAMB if lamb else kinds.AdamW
-    pairs: Tuple[Any, ...] = ((Adam, kinds.Adam), (SGD, kinds.SGD), (RMSprop, kinds.RMSprop))
-    return next(ours for theirs, ours in pairs if isinstance(optimizer, theirs))
+    return kinds.Adam if isinstance(optimizer, Adam) else kinds.SGD
 
 
 def _groups(optimizer: Optimizer) -> List[Dict[str, Any]]:
@@ -153,12 +149,6 @@ class IPUOptimizer:
         whole = self.poptorch.state_dict()
         if not loaded or whole.get("ipu_state") is None:
             return
-        if self._kind not in STATE_NAMES:
-            rank_zero_info(
-                f"The state of {type(self.host).__name__} in the checkpoint cannot be given to the "
-                f"IPUs: it begins anew. Those of {', '.join(STATE_NAMES)} go on."
-            )
-            return
         filled = {key: self._filled(key, v, loaded) for key, v in whole["ipu_state"].items()}
         self.poptorch.load_state_dict({**whole, "ipu_state": filled})
 
@@ -199,7 +189,7 @@ class IPUOptimizer:
 
 def _split(key: str, kind: str) -> Tuple[str, str]:
     """Return the prefix of one of PopART's entries and torch's name for it, or nothing twice."""
-    for prefix, name in STATE_NAMES.get(kind, {}).items():
+    for prefix, name in STATE_NAMES[kind].items():
         if key.startswith(prefix):
             return prefix, name
     return "", ""

@@ -64,8 +64,12 @@ class IPUProcess(ParallelStrategy):
 
     @property
     def is_distributed(self) -> bool:
-        """Whether there are several processes, which share the data."""
-        return self._processes[1] > 1
+        """Whether Lightning shares the data among processes: for training, if there are several.
+
+        Each of them evaluates everything, and so has whole metrics and predictions.
+        """
+        trainer = getattr(self.lightning_module, "_trainer", None)
+        return self._processes[1] > 1 and trainer is not None and bool(trainer.training)
 
     @property
     def global_rank(self) -> int:

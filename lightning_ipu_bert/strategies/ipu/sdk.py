@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Optional
@@ -42,4 +43,13 @@ def import_popdist() -> Optional[ModuleType]:
         popdist = import_module("popdist")
     except ImportError:
         return None
-    return popdist if popdist.isPopdistEnvSet() else None
+    if not popdist.isPopdistEnvSet():
+        return None
+    _begin(popdist)
+    return popdist
+
+
+@lru_cache(maxsize=None)
+def _begin(popdist: Any) -> None:
+    """Let the processes find each other, once; PopDist wants it before all else."""
+    popdist.init()

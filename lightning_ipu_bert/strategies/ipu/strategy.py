@@ -6,7 +6,7 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Callable, Dict, List, Mapping, Optional, Union
+from typing import Any, Callable, Dict, List, Optional, Union
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -23,22 +23,27 @@ from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.config import PipelineConfig
 from lightning_ipu_bert.pipeline.ipu_config import SPELLINGS, IPUConfig
 from lightning_ipu_bert.strategies.ipu import checks
-from lightning_ipu_bert.strategies.ipu.config_file import read_values, save_ipu_config
+from lightning_ipu_bert.strategies.ipu.config_file import read_values
 from lightning_ipu_bert.strategies.ipu.console import flags_without_ipus, plan_lines
-from lightning_ipu_bert.strategies.ipu.executor import IPUExecutor, refuse_other_losses
+from lightning_ipu_bert.strategies.ipu.executor import IPUExecutor
+from lightning_ipu_bert.strategies.ipu.hardware import check_hardware, check_poprun
 from lightning_ipu_bert.strategies.ipu.loaders import LoaderMode, ipu_loader
+from lightning_ipu_bert.strategies.ipu.losses import refuse_other_losses
+from lightning_ipu_bert.strategies.ipu.offline import compile_and_end
 from lightning_ipu_bert.strategies.ipu.optimizer import Extras, IPUOptimizer
 from lightning_ipu_bert.strategies.ipu.options import Surroundings, ipu_options
 from lightning_ipu_bert.strategies.ipu.precision import IPUPrecision
-from lightning_ipu_bert.strategies.ipu.process import IPUProcess
 from lightning_ipu_bert.strategies.ipu.profiling import profiled
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
-from lightning_ipu_bert.strategies.ipu.updates import add_updates, schedules_of_every_update
+from lightning_ipu_bert.strategies.ipu.states import IPUStates
+from lightning_ipu_bert.strategies.ipu.updates import (
+    add_updates,
+    log_as_last_update,
+    schedules_of_every_update,
+)
 
-CHECKPOINT_KEY = "ipu"
 
-
-class IPUStrategy(IPUProcess):
+class IPUStrategy(IPUStates):
     """Runs a module's blocks as stages on IPUs; one process owns all that its replicas need.
 
     The fields of the plan are those of `PipelineParallelStrategy`, so that a config moves between
@@ -104,7 +109,7 @@ class IPUStrategy(IPUProcess):
         Raises:
             UserError: If the plan breaks a rule.
         """
-        _check_shape_of_plan(stages_per_rank, schedule)
+        checks.check_shape_of_plan(stages_per_rank, schedule)
         given = read_values(ipu_config)
         plan = {
             "layers_per_stage": layers_per_stage,
@@ -126,12 +131,9 @@ class IPUStrategy(IPUProcess):
         self._auto_round = auto_round_num_ipus
         self._compile_only = compile_only
         self._edit_options = edit_options
-        self._executor: Optional[IPUExecutor] = None
         self._options: Dict[bool, Any] = {}
         self._batch_sizes: Dict[bool, int] = {}
-        self._loaded: Dict[str, Any] = {}
         self._every_update: List[Any] = []
-        self._last_rng_state: Optional[List[int]] = None
         self._failed = False
         self._cleanup = ExitStack()
         self._plan = plan
@@ -170,13 +172,17 @@ class IPUStrategy(IPUProcess):
         self.set_world_ranks()
         assert self.lightning_module is not None
         module, trainer = self.lightning_module, self.lightning_module.trainer
-        checks.check_graphs(trainer, module, self.ipu_config, self._auto_round)
+        graphs = checks.graphs_of(trainer, self.ipu_config)
+        checks.check_graphs(graphs, module, self._auto_round)
         self._check_devices()
         if trainer.state.fn == TrainerFn.FITTING:
             checks.check_trainer(trainer, module, self.ipu_config)
         if self._compile_only:
             trainer.num_sanity_val_steps = 0
         import_poptorch(flags_without_ipus(self.config, self._plan))
+        check_poprun(self.ipu_config)
+        if not self._compile_only:
+            check_hardware(max(graph.num_ipus for graph in graphs))
         for line in plan_lines(self.ipu_config, module, self._overridden):
             rank_zero_info(line)
 
@@ -279,6 +285,15 @@ class IPUStrategy(IPUProcess):
                 "leave it out, or change the plan."
             )
 
+    def batch_to_device(
+        self, batch: Any, device: Optional[torch.device] = None, dataloader_idx: int = 0
+    ) -> Any:
+        """Leave a batch on the host; of training's, say at which step it is logged."""
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.training:
+            log_as_last_update(self.lightning_module.trainer, self.updates_per_batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
+
     # --- steps ------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
@@ -294,7 +309,8 @@ class IPUStrategy(IPUProcess):
                 "trainer.estimated_stepping_batches, which counts batches."
             )
         if self._compile_only:
-            self._compile_and_end(trainer)
+            assert self._executor is not None
+            compile_and_end(trainer, self._executor)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own training_step; its `run_loss` runs the IPUs."""
@@ -328,69 +344,7 @@ class IPUStrategy(IPUProcess):
                 scheduler.step()
         return result
 
-    def _compile_and_end(self, trainer: Any) -> None:
-        assert self._executor is not None
-        self._executor.compile_training(next(iter(trainer.train_dataloader)))
-        trainer.lightning_module.eval()
-        if trainer.enable_validation:
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        loaders = trainer.val_dataloaders
-        for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
-            if loader is not None and self._executor.inference is None:
-                self._executor.compile_inference(next(iter(loader)))
-        self._executor.end_offline()
-
-    # --- weights and states -----------------------------------------------------------------------
-
-    def lightning_module_state_dict(self) -> Dict[str, Any]:
-        """Return the weights as plain tensors, up to date."""
-        assert self.lightning_module is not None
-        if self._executor is not None:
-            self._executor.copy_weights_to_host()
-        with torch._C.DisableTorchFunction():
-            return {
-                name: value.detach().as_subclass(Tensor) if isinstance(value, Tensor) else value
-                for name, value in self.lightning_module.state_dict().items()
-            }
-
-    def optimizer_state(self, optimizer: Optimizer) -> Dict[str, Any]:
-        """Return the optimizer's state as torch's optimizer would have it."""
-        if self._executor is None or self._executor.optimizer is None:
-            return super().optimizer_state(optimizer)
-        return self._executor.optimizer.state_dict()
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take the state of any strategy's optimizer."""
-        assert self._executor is not None
-        assert self._executor.optimizer is not None
-        self._executor.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
-
-    def save_checkpoint(
-        self, checkpoint: Dict[str, Any], filepath: Any, storage_options: Optional[Any] = None
-    ) -> None:
-        """Save, with the random state of the IPUs; the IPU config goes into the same folder."""
-        rng_state = self._executor.rng_state() if self._executor else self._last_rng_state
-        checkpoint[CHECKPOINT_KEY] = {
-            "config": self.ipu_config.to_dict(),
-            "num_ipus": self.num_ipus,
-            "rng_state": rng_state,
-        }
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-        if self.is_global_zero and "://" not in str(filepath):
-            save_ipu_config(self.ipu_config, Path(filepath).parent)
-
-    def load_checkpoint(
-        self, checkpoint_path: Any, weights_only: Optional[bool] = None
-    ) -> Dict[str, Any]:
-        """Load a checkpoint and keep what belongs to the IPUs."""
-        # Lightning 2.3 does not know weights_only.
-        given = {} if weights_only is None else {"weights_only": weights_only}
-        checkpoint: Dict[str, Any] = super().load_checkpoint(checkpoint_path, **given)
-        self._loaded = checkpoint.get(CHECKPOINT_KEY) or {}
-        saved = self._loaded.get("config", {}).get("device_iterations", 1)
-        checks.check_progress(checkpoint, saved, self.updates_per_batch)
-        return checkpoint
+    # --- after the run ----------------------------------------------------------------------------
 
     def teardown(self) -> None:
         """Give the trained weights back to the module, and the IPUs to others."""
@@ -414,16 +368,3 @@ class IPUStrategy(IPUProcess):
     def on_exception(self, exception: BaseException) -> None:
         """Remember that the run has failed: what fails after it must not hide why."""
         self._failed = True
-
-
-def _check_shape_of_plan(stages_per_rank: int, schedule: str) -> None:
-    if stages_per_rank != 1:
-        raise UserError(
-            f"stages_per_rank={stages_per_rank} is not possible on IPUs: each holds one stage. "
-            "Set it to 1, or leave it out."
-        )
-    if schedule != "1f1b":
-        raise UserError(
-            f"schedule={schedule!r} is not possible on IPUs: PopTorch runs its own, which is "
-            "1f1b. Leave it out."
-        )

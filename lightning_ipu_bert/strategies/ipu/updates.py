@@ -38,11 +38,19 @@ def schedules_of_every_update(schedules: Sequence[Any], updates_per_batch: int) 
     return every_update
 
 
+def log_as_last_update(trainer: Any, updates_per_batch: int) -> None:
+    """Let what is logged about a batch stand at the last of its updates, counted from 0.
+
+    Called before the first hook of a batch: callbacks decide there whether they log. Lightning adds
+    1 at the end of the batch.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped += -(loop._batches_that_stepped + 1) % updates_per_batch
+
+
 def add_updates(trainer: Any, more: int) -> None:
     """Count the updates of a call behind its first, which Lightning counts itself."""
-    loop = trainer.fit_loop.epoch_loop
-    step = loop.automatic_optimization.optim_progress.optimizer.step
+    step = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
     for progress in (step.total, step.current):
         progress.ready += more
         progress.completed += more
-    loop._batches_that_stepped += more  # what loggers get as the step

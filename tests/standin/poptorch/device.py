@@ -1,5 +1,6 @@
 """The IPUs of this machine: how many there are, who has them, and what travels to them."""
 
+import os
 from collections import Counter
 
 
@@ -13,6 +14,7 @@ class _Pool:
     def __init__(self, size=16):
         self.size = size
         self.held = 0
+        self.version = 2
 
     def take(self, count):
         if self.held + count > self.size:
@@ -30,10 +32,12 @@ COUNTS = Counter()
 
 
 def ipuHardwareIsAvailable(num_ipus: int = 1) -> bool:
-    """Whether there are so many at all, in use or not."""
-    return num_ipus <= POOL.size
+    """Whether there is a device of exactly so many at all, in use or not; a simulation is none."""
+    if os.environ.get("POPTORCH_IPU_MODEL", "0") != "0":
+        return False
+    return num_ipus <= POOL.size and not num_ipus & (num_ipus - 1)
 
 
 def ipuHardwareVersion() -> int:
-    assert POOL.size, "No IPU hardware available on this system"
-    return 2
+    assert ipuHardwareIsAvailable(), "No IPU hardware available on this system"
+    return POOL.version

@@ -5,6 +5,8 @@ A number that is given to the constructor can change later; one that is left out
 
 import torch
 
+from poptorch.device import Error
+
 HALF_OR_SINGLE = (torch.float16, torch.float32)
 
 
@@ -162,31 +164,6 @@ class SGD(Optimizer, torch.optim.SGD):
         self._end()
 
 
-class RMSprop(Optimizer, torch.optim.RMSprop):
-    def __init__(
-        self,
-        params,
-        lr=None,
-        alpha=None,
-        eps=None,
-        weight_decay=None,
-        momentum=None,
-        centered=None,
-        foreach=None,
-        maximize=None,
-        differentiable=None,
-        loss_scaling=None,
-        accum_type=None,
-        first_order_momentum_accum_type=None,
-        second_order_momentum_accum_type=None,
-        use_tf_variant=None,
-    ):
-        given = dict(locals())
-        extras = (*_MOMENTS, "use_tf_variant")
-        torch.optim.RMSprop.__init__(self, **self._begin(given, extras))
-        self._end()
-
-
 class LAMB(Optimizer, torch.optim.Optimizer):
     def __init__(
         self,
@@ -218,6 +195,11 @@ def group_numbers(group):
         assert isinstance(numbers["betas"], tuple), (
             f"Expected a pair for betas but got {numbers['betas']} instead"
         )
+    for name, value in numbers.items():
+        if isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a number and is a tensor")
+    if numbers.get("eps", 1.0) <= 0:
+        raise Error(f"Non-positive eps ({numbers['eps']}) in Adam is not supported")
     if group.get("amsgrad"):
         raise ValueError("Only non-amsgrad Adam/AdamW optimizers are supported.")
     return numbers
@@ -225,7 +207,7 @@ def group_numbers(group):
 
 def describe(optimizer):
     """All numbers of an optimizer, each with whether it is constant."""
-    if not isinstance(optimizer, (Adam, AdamW, SGD, RMSprop, LAMB, torch.optim.Optimizer)):
+    if not isinstance(optimizer, torch.optim.Optimizer):
         raise AssertionError("Unsupported optimizer type.")
     constant = getattr(optimizer, "variable_attrs", None)
 
@@ -247,8 +229,6 @@ def describe(optimizer):
 
 def check_replacement(old, new):
     """What PopART checks when numbers change: constants must not."""
-    from poptorch.device import Error
-
     if old["type"] != new["type"]:
         raise Error(f"Can not replace optimizer of type {old['type']} with {new['type']}")
     if old["max_grad_norm"] != new["max_grad_norm"]:

@@ -47,15 +47,14 @@ def update(kind, numbers, weight, gradient, state, name, loss_scaling=1.0):
         if kind == "LAMB":
             trust = min(float(w.norm()), value["max_weight_norm"]) / max(float(step.norm()), 1e-12)
             step = step * (trust if float(w.norm()) > 0 else 1.0)
-    elif kind == "SGD":
+    else:
+        assert kind == "SGD"
         step = gradient + value["weight_decay"] * w
         if f"Accl1___{name}" in state:
             velocity = state[f"Accl1___{name}"]
             fresh = step * (1 - value["dampening"]) * loss_scaling
             velocity.mul_(value["momentum"]).add_(fresh)
             step = velocity / loss_scaling
-    else:
-        raise NotImplementedError(kind)
     weight.copy_(w - value["lr"] * step)
 
 

@@ -13,4 +13,5 @@ def ipus(monkeypatch):
     poptorch.device.COUNTS.clear()
     poptorch.device.POOL.held = 0
     monkeypatch.setattr(poptorch.device.POOL, "size", 16)
+    monkeypatch.setattr(poptorch.device.POOL, "version", 2)
     return poptorch.device.POOL

@@ -11,7 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 TESTED = {
     "auto_device_count": "test_devices_are_ipus",
-    "fail_if_no_ipus": "test_without_the_sdk_one_line_says_what_is_missing_and_what_runs_instead",
+    "fail_if_no_ipus": "test_a_machine_without_the_ipus_of_the_plan_is_refused",
     "accelerator_selected": "test_the_accelerator_and_the_strategy_are_there_by_name",
     "no_warning_strategy": "test_fit_validate_and_fit_again",  # warnings are errors here
     "all_stages": "test_every_stage_of_a_trainer_runs",

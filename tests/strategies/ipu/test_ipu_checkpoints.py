@@ -1,5 +1,7 @@
 """Checkpoints know no layout: from IPUs to other IPUs, to one process, to ranks, and back."""
 
+import copy
+import csv
 import json
 import warnings
 
@@ -16,7 +18,8 @@ from ipu_runs import (
     weights_of,
     with_adamw,
 )
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from model_helpers import needs_pipelining
 from models import GLOBAL_BATCH, ZERO
 from torch.utils.data import DataLoader, DistributedSampler
@@ -211,17 +214,51 @@ def test_a_checkpoint_saved_after_fit_is_as_whole_as_one_saved_in_it(tmp_path):
             assert (after["optimizer_states"][0]["state"][index][name] == value).all()
 
 
-def test_the_middle_of_an_epoch_goes_on_with_the_same_iterations_only(tmp_path):
+def test_updates_are_counted_on_with_the_same_iterations_only(tmp_path):
     module, examples = with_adamw("bert", updates=4)
     keeper = ModelCheckpoint(tmp_path, filename="half", every_n_train_steps=2)
     twice = {"ipu_config": {"device_iterations": 2}}
     ipu_trainer(tmp_path, keeper, strategy=ipu_strategy(**twice)).fit(module, loader(examples))
     path = tmp_path / "half.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
-    torch.save(checkpoint, path)
-    with pytest.raises(UserError, match="middle of an epoch with device_iterations=2, and 1 is"):
-        ipu_trainer(tmp_path, max_epochs=2).fit(module, loader(examples), ckpt_path=path)
+    whole = torch.load(path, weights_only=True)
+
+    def refused(message, **plan):
+        trainer = ipu_trainer(tmp_path, max_epochs=2, strategy=ipu_strategy(**plan))
+        with pytest.raises(UserError, match=message):
+            trainer.fit(module, loader(examples), ckpt_path=path)
+
+    middle = copy.deepcopy(whole)
+    middle["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+    torch.save(middle, path)
+    refused("middle of an epoch with device_iterations=2, and 1 is given")
+    ipu_trainer(tmp_path).validate(module, loader(examples), ckpt_path=path)  # counts nothing
+
+    torch.save({**whole, "global_step": 3}, path)
+    refused("has made 3 updates, which device_iterations=2 does not divide", **twice)
+
+
+def test_logs_go_on_at_the_same_steps(tmp_path):
+    def rates(name, epochs, ckpt_path=None):
+        module, examples = with_adamw("bert", updates=4)
+        keeper = ModelCheckpoint(tmp_path / name, filename="kept")
+        monitor, logger = LearningRateMonitor("step"), CSVLogger(tmp_path, name, "logs")
+        strategy = ipu_strategy(ipu_config={"device_iterations": 2})
+        trainer = ipu_trainer(
+            tmp_path,
+            *(keeper, monitor),
+            strategy=strategy,
+            logger=logger,
+            log_every_n_steps=2,
+            max_epochs=epochs,
+        )
+        trainer.fit(module, loader(examples), ckpt_path=ckpt_path)
+        rows = csv.DictReader((tmp_path / name / "logs" / "metrics.csv").read_text().splitlines())
+        return {row["step"]: row["lr-AdamW"] for row in rows if row["lr-AdamW"]}
+
+    whole, first = rates("whole", 2), rates("first", 1)
+    second = rates("second", 2, tmp_path / "first" / "kept.ckpt")
+    assert list(whole) == ["1", "3", "5", "7"]
+    assert {**first, **second} == whole
 
 
 def test_weights_loaded_in_between_reach_the_ipus(tmp_path):

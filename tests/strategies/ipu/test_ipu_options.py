@@ -2,8 +2,6 @@
 
 import json
 import os
-import sys
-import types
 
 import poptorch
 import pytest
@@ -160,32 +158,6 @@ def test_what_is_asked_for_by_option():
 def test_one_replica_shares_nothing():
     locations = options(replicated_tensor_sharding=True).TensorLocations.values
     assert locations["location_optimizer"]["useReplicatedTensorSharding"] == 0
-
-
-def test_under_poprun_popdist_knows_the_replicas(monkeypatch):
-    class Distributed(poptorch.Options):
-        def __init__(self, ipus_per_replica):
-            super().__init__()
-            poptorch.Options.replicationFactor(self, 2)
-            self.ipus = ipus_per_replica
-
-        def replicationFactor(self, replication_factor):  # noqa: N802
-            raise RuntimeError("Cannot set replicationFactor with popdist.poptorch.Options")
-
-    popdist, submodule = types.ModuleType("popdist"), types.ModuleType("popdist.poptorch")
-    popdist.isPopdistEnvSet = lambda: True
-    popdist.getInstanceIndex, popdist.getNumInstances = (lambda: 1), (lambda: 2)
-    submodule.Options, popdist.poptorch = Distributed, submodule
-    monkeypatch.setitem(sys.modules, "popdist", popdist)
-    monkeypatch.setitem(sys.modules, "popdist.poptorch", submodule)
-    found = options(layers_per_ipu=[1, 1], replication_factor=4, gradient_accumulation_steps=3)
-    assert isinstance(found, Distributed)
-    assert found.ipus == 2
-    strategy = IPUStrategy(layers_per_stage=[1, 1], gradient_accumulation_steps=3)
-    assert (strategy.global_rank, strategy.world_size) == (1, 2)
-    assert strategy.is_distributed
-    assert not strategy.is_global_zero
-    assert strategy.distributed_sampler_kwargs == {"num_replicas": 2, "rank": 1}
 
 
 # --- profiling ------------------------------------------------------------------------------------

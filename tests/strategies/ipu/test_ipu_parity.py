@@ -17,8 +17,11 @@ from ipu_runs import (
     weights_of,
     with_adamw,
 )
+from language_model import LanguageModel, Sentences
 from model_helpers import needs_pipelining
 from models import GLOBAL_BATCH, ZERO, make_model
+from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler
 
 FOUR_STAGES = {
@@ -91,6 +94,37 @@ def test_so_they_do_with_every_option(case, tmp_path):
     trainer.fit(module, loader(examples, replicas))
     assert losses.losses == pytest.approx(plain.losses, rel=1e-5)
     close("bert", weights_of(module), expected, 1e-4)
+
+
+class Weighted(LanguageModel):
+    """Its loss has weights that belong to no block."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(0.5))
+        self.criterion = nn.Module()
+        self.criterion.register_buffer("of_place", torch.linspace(0, 2, 12))
+
+    def pipeline_loss(self, output, batch):
+        losses = cross_entropy(output.mT, batch["tokens"][:, 1:], reduction="none")
+        return (losses * self.criterion.of_place).mean() * self.scale
+
+
+def test_buffers_beside_the_blocks_are_on_the_ipus_too(tmp_path):
+    found = []
+    for make, replicas in ((plain_trainer, 1), (ipu_trainer, 2)):
+        torch.manual_seed(3)
+        module, losses = Weighted(), Losses()
+        data = Sentences(3 * GLOBAL_BATCH)
+        trainer = make(tmp_path, losses)
+        trainer.fit(module, loader(data, replicas), loader(data, replicas))
+        found.append((losses, weights_of(module), float(trainer.callback_metrics["val/loss"])))
+        assert (module.criterion.of_place == torch.linspace(0, 2, 12)).all()
+        assert type(module.scale) is torch.Tensor
+    (plain, expected, validated), (ours, weights, ours_validated) = found
+    assert ours.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert ours_validated == pytest.approx(validated, rel=1e-5)
+    close("language model", weights, expected, 1e-5)
 
 
 def test_clipping_by_norm_equals_torchs(tmp_path):

@@ -39,6 +39,15 @@ class WithRMSprop:
         return torch.optim.RMSprop(self.parameters())
 
 
+class OwnUpdate(torch.optim.AdamW):
+    pass
+
+
+class WithOwnUpdate:
+    def configure_optimizers(self):
+        return OwnUpdate(self.parameters())
+
+
 class WithAmsgrad:
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), amsgrad=True)
@@ -132,6 +141,7 @@ TWICE = {"ipu_config": {"device_iterations": 2}}
 REFUSALS = {
     "two optimizers": (TwoOptimizers, {}, {}, "gives several optimizers or none"),
     "LBFGS": (WithLBFGS, {}, {}, "LBFGS is not possible on IPUs"),
+    "own update": (WithOwnUpdate, {}, {}, "OwnUpdate is not possible on IPUs"),
     "amsgrad": (WithAmsgrad, {}, {}, r"AdamW\(amsgrad=True\)"),
     "manual optimization": (ByHand, {}, {}, "optimizes manually"),
     "accumulation of the Trainer": (None, {"accumulate_grad_batches": 2}, {}, "must be 1 on IPUs"),
@@ -141,7 +151,7 @@ REFUSALS = {
         {},
         "clips by norm only",
     ),
-    "clipping of RMSprop": (WithRMSprop, {"gradient_clip_val": 1.0}, {}, "with RMSprop"),
+    "RMSprop": (WithRMSprop, {}, {}, "RMSprop is not possible on IPUs. Use AdamW, Adam, SGD, or L"),
     "clipping of SGD": (WithSGD, {"gradient_clip_val": 1.0}, {}, "with SGD"),
     "clipping of Adam": (WithDecayingAdam, {"gradient_clip_val": 1.0}, {}, "with Adam"),
     "parameters in no group": (HeadOnly, {}, {}, r"bert\.embeddings.* is in no group of AdamW"),
