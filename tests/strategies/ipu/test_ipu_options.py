@@ -79,7 +79,13 @@ POPART = [
         {"opt.useAutoloader": "true", "target.syncReplicasIndependently": "true"},
     ),
 ]
-PROPORTIONS = {"IPU0": 0.15, "IPU1": 0.18, "IPU2": 0.2, "IPU3": 0.25}
+PLACES = [
+    ("randomSeed", 42),
+    ("TensorLocations.setOptimizerLocation", {"on chip": False, "sharded": True}),
+    ("setExecutionStrategy", ("pipelined", "AutoIncrement")),
+    ("setAvailableMemoryProportion", {"IPU0": 0.15, "IPU1": 0.18, "IPU2": 0.2, "IPU3": 0.25}),
+    ("enableExecutableCaching", "exe_cache"),
+]
 
 
 def test_the_calls_for_training_on_a_pod16(monkeypatch):
@@ -90,11 +96,7 @@ def test_the_calls_for_training_on_a_pod16(monkeypatch):
         ("Training.gradientAccumulation", 64),
         ("Training.accumulationAndReplicationReductionType", poptorch.ReductionType.Mean),
         ("outputMode", poptorch.OutputMode.Sum),
-        ("randomSeed", 42),
-        ("TensorLocations.setOptimizerLocation", {"on chip": False, "sharded": True}),
-        ("setExecutionStrategy", ("pipelined", "AutoIncrement")),
-        ("setAvailableMemoryProportion", PROPORTIONS),
-        ("enableExecutableCaching", "exe_cache"),
+        *PLACES,
         ("Precision.enableStochasticRounding", True),
         ("Precision.setPartialsType", torch.float16),
         *POPART,
@@ -107,11 +109,7 @@ def test_the_calls_for_inference_on_a_pod16(monkeypatch):
         ("autoRoundNumIPUs", False),
         ("deviceIterations", 4),
         ("outputMode", poptorch.OutputMode.All),
-        ("randomSeed", 42),
-        ("TensorLocations.setOptimizerLocation", {"on chip": False, "sharded": True}),
-        ("setExecutionStrategy", ("pipelined", "AutoIncrement")),
-        ("setAvailableMemoryProportion", PROPORTIONS),
-        ("enableExecutableCaching", "exe_cache"),
+        *PLACES,
         ("Precision.enableStochasticRounding", False),
         ("Precision.setPartialsType", torch.float16),
         *POPART,

@@ -82,6 +82,15 @@ CASES = {
 }
 
 
+def test_the_option_rts_reaches_the_ipus(tmp_path):
+    module, examples = with_adamw("bert")
+    seen = []
+    strategy = ipu_strategy(**CASES["RTS"], edit_options=lambda given, _: seen.append(given))
+    ipu_trainer(tmp_path, strategy=strategy).fit(module, loader(examples))
+    location = seen[0].toDict()["location_optimizer"]
+    assert (location["useReplicatedTensorSharding"], location["onChip"]) == (1, 0)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_so_they_do_with_every_option(case, tmp_path):
     plan = {**FOUR_STAGES, "layers_per_stage": [3, 3], **CASES[case]}
