@@ -11,7 +11,7 @@ from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.files import read_checkpoint
 from lightning_ipu_bert.model.question_answering import BertForQuestionAnsweringModule
 from lightning_ipu_bert.pipeline.ipu_config import IPUConfig
-from lightning_ipu_bert.strategies.ipu.states import CHECKPOINT_KEY
+from lightning_ipu_bert.pipeline.ipu_rules import CHECKPOINT_KEY
 
 
 class TrainedModel(NamedTuple):

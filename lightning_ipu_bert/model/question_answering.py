@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForQuestionAnswering
@@ -31,6 +32,7 @@ from lightning_ipu_bert.model.optimizer import (
 from lightning_ipu_bert.model.report import TrainingReport
 from lightning_ipu_bert.model.stages import LABELS, SpanLogits, bert_blocks, run_blocks
 from lightning_ipu_bert.pipeline.interface import PipelineModule
+from lightning_ipu_bert.pipeline.ipu_rules import check_progress
 
 Batch = Dict[str, Tensor]
 BatchLogits = Tuple[Tensor, Tensor, Tensor]
@@ -229,6 +231,8 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
         """Take the tokenizer and the scores out of the checkpoint."""
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            check_progress(checkpoint, getattr(self.trainer.strategy, "updates_per_batch", 1))
         count_saved_batch(checkpoint)
         if checkpoint.get(CHECKPOINT_KEY):
             self.tokenizer = tokenizer_from_files(checkpoint[CHECKPOINT_KEY])

@@ -7,7 +7,7 @@ Source:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, List, Optional
+from typing import TYPE_CHECKING, Any, List, Mapping, Optional
 
 from lightning_ipu_bert.errors import UserError
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lightning_ipu_bert.pipeline.ipu_config import Graph, IPUConfig
 
 OUTPUT_MODES = ("sum", "all", "final", "default")
+CHECKPOINT_KEY = "ipu"
+"""Under which a checkpoint of IPUs has their config and their random state."""
 MOST_IPUS = 64
 """IPUs of one process."""
 COUNTS = (
@@ -115,6 +117,36 @@ def check_enough_data(examples: int, micro_batch_size: int, graph: Graph) -> Non
             f"{graph.gradient_accumulation_steps} x replication_factor="
             f"{graph.replication_factor} x device_iterations={graph.device_iterations}). "
             "Lower one of them, or give more data."
+        )
+
+
+def check_progress(checkpoint: Mapping[str, Any], iterations: int) -> None:
+    """Check that a run that goes on counts batches and updates as before.
+
+    Args:
+        checkpoint: Lightning's, of any strategy.
+        iterations: Updates of a batch from now on: `device_iterations` on IPUs, else 1.
+
+    Raises:
+        UserError: If a batch in the middle of an epoch has become another number of updates, or the
+            updates so far are no whole number of batches, so that no interval would ever be hit.
+    """
+    updates = checkpoint.get("global_step", 0)
+    if updates % iterations:
+        raise UserError(
+            f"The checkpoint has made {updates} updates, which device_iterations={iterations} does "
+            "not divide: no interval would be hit. Use one that divides it, e.g. 1."
+        )
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    batches = loops.get("epoch_loop.batch_progress", {})
+    middle = batches.get("current", {}).get("ready", 0) and not batches.get("is_last_batch")
+    config = checkpoint.get(CHECKPOINT_KEY, {}).get("config", {})
+    saved = config.get("device_iterations", 1)
+    if middle and saved != iterations:
+        raise UserError(
+            f"The checkpoint was saved in the middle of an epoch with device_iterations={saved}, "
+            f"and now a batch is {iterations} updates: batches cannot be counted on. Go on with "
+            f"device_iterations={saved}, or from a checkpoint of the end of an epoch."
         )
 
 

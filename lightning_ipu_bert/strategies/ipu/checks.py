@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator, List, Mapping, Sequence, Tuple
+from typing import Any, Iterator, List, Sequence, Tuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -49,35 +49,6 @@ def check_shape_of_plan(stages_per_rank: int, schedule: str) -> None:
         raise UserError(
             f"schedule={schedule!r} is not possible on IPUs: PopTorch runs its own, which is "
             "1f1b. Leave it out."
-        )
-
-
-def check_progress(checkpoint: Mapping[str, Any], saved: int, iterations: int) -> None:
-    """Check that a run that goes on in the middle of an epoch counts batches as before.
-
-    Args:
-        checkpoint: Lightning's.
-        saved: `device_iterations` when it was saved.
-        iterations: `device_iterations` now.
-
-    Raises:
-        UserError: If a batch has become another number of updates, or the updates so far are no
-            whole number of batches, so that no interval would ever be hit.
-    """
-    updates = checkpoint.get("global_step", 0)
-    if updates % iterations:
-        raise UserError(
-            f"The checkpoint has made {updates} updates, which device_iterations={iterations} does "
-            "not divide: no interval would be hit. Use one that divides it, e.g. 1."
-        )
-    loops = checkpoint.get("loops", {}).get("fit_loop", {})
-    batches = loops.get("epoch_loop.batch_progress", {})
-    middle = batches.get("current", {}).get("completed", 0) and not batches.get("is_last_batch")
-    if middle and saved != iterations:
-        raise UserError(
-            f"The checkpoint was saved in the middle of an epoch with device_iterations={saved}, "
-            f"and {iterations} is given: its batches cannot be counted on. Use {saved}, or a "
-            "checkpoint of the end of an epoch."
         )
 
 

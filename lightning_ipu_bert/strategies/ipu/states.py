@@ -11,12 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ipu_bert.pipeline.ipu_config import IPUConfig
-from lightning_ipu_bert.strategies.ipu.checks import check_progress
+from lightning_ipu_bert.pipeline.ipu_rules import CHECKPOINT_KEY, check_progress
 from lightning_ipu_bert.strategies.ipu.config_file import save_ipu_config
 from lightning_ipu_bert.strategies.ipu.executor import IPUExecutor
 from lightning_ipu_bert.strategies.ipu.process import IPUProcess
-
-CHECKPOINT_KEY = "ipu"
 
 
 class IPUStates(IPUProcess):
@@ -76,8 +74,7 @@ class IPUStates(IPUProcess):
         given = {} if weights_only is None else {"weights_only": weights_only}
         checkpoint: Dict[str, Any] = super().load_checkpoint(checkpoint_path, **given)
         self._loaded = checkpoint.get(CHECKPOINT_KEY) or {}
-        saved = self._loaded.get("config", {}).get("device_iterations", 1)
         assert self.lightning_module is not None
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
-            check_progress(checkpoint, saved, self.ipu_config.device_iterations)
+            check_progress(checkpoint, self.ipu_config.device_iterations)
         return checkpoint

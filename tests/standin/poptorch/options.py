@@ -17,17 +17,27 @@ class _Freezable:
     _frozen = False
 
     def __init__(self, **values):
-        self.values = values
+        self.__dict__["values"] = values
 
     def set(self, **values):
         self.check()
         for name, value in values.items():
-            old = self.values.get(name)
-            assert old is None or isinstance(value, type(old)), (
-                f"Unexpected type {type(value)} for option {name}. Expected {type(old)}"
+            assert self.exists(name), f"Invalid option {name}, valid options are {[*self.values]}"
+            kind = type(self.values[name])
+            assert isinstance(value, kind), (
+                f"Unexpected type {type(value)} for option {name}. Expected {kind}"
             )
             self.values[name] = value
         return self
+
+    def createOrSet(self, **values):
+        self.check()
+        self.values.update(values)
+        return self
+
+    def __setattr__(self, name, value):
+        own = name.startswith("_") or isinstance(value, _Freezable)  # the groups of options
+        super().__setattr__(name, value) if own else self.set(**{name: value})
 
     def check(self):
         if self._frozen:
@@ -48,7 +58,7 @@ class _Freezable:
 class _PopartOptions(_Freezable):
     def __init__(self):
         super().__init__()
-        self.options = {"instrumentWithHardwareCycleCounter": False}
+        self.__dict__["options"] = {"instrumentWithHardwareCycleCounter": False}
 
     def set(self, key, value):
         self.check()
@@ -127,17 +137,17 @@ class _DistributedOptions(_Freezable):
 class TensorLocationSettings(_Freezable):
     def useOnChipStorage(self, use=True):
         assert isinstance(use, bool)
-        return self.set(onChip=int(use))
+        return self.createOrSet(onChip=int(use))
 
     def useReplicatedTensorSharding(self, use=True):
         assert isinstance(use, bool)
-        return self.set(useReplicatedTensorSharding=int(use))
+        return self.createOrSet(useReplicatedTensorSharding=int(use))
 
 
 class _TensorLocationOptions(_Freezable):
     def setOptimizerLocation(self, location):
         assert isinstance(location, TensorLocationSettings)
-        return self.set(location_optimizer=location.toDict())
+        return self.createOrSet(location_optimizer=location.toDict())
 
 
 class PipelinedExecution:
@@ -222,7 +232,7 @@ class Options(_Freezable):
     def randomSeed(self, random_seed):
         assert isinstance(random_seed, int)
         torch.manual_seed(random_seed)
-        return self.set(random_seed=random_seed)
+        return self.createOrSet(random_seed=random_seed)
 
     def connectionType(self, connection_type):
         assert isinstance(connection_type, ConnectionType)
@@ -230,7 +240,7 @@ class Options(_Freezable):
 
     def useOfflineIpuTarget(self, ipu_version=2):
         self.connectionType(ConnectionType.Never)
-        return self.set(ipu_version=ipu_version)
+        return self.createOrSet(ipu_version=ipu_version)
 
     def enableExecutableCaching(self, path):
         self._popart.set("enableEngineCaching", path is not None)

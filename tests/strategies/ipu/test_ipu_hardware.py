@@ -52,7 +52,7 @@ def popdist(monkeypatch):
         def __init__(self, ipus_per_replica):
             super().__init__()
             poptorch.Options.replicationFactor(self, 2)
-            self.ipus = ipus_per_replica
+            popdist.ipus_per_replica = ipus_per_replica
 
         def replicationFactor(self, replication_factor):  # noqa: N802
             raise RuntimeError("Cannot set replicationFactor with popdist.poptorch.Options")
@@ -74,7 +74,7 @@ def test_under_poprun_popdist_knows_the_replicas(popdist):
     plan = {"layers_per_ipu": [1, 1], "gradient_accumulation_steps": 3}
     found = ipu_options(IPUConfig.from_dict(plan), True)
     assert type(found).__name__ == "Distributed"
-    assert found.ipus == 2
+    assert popdist.ipus_per_replica == 2
     strategy = ipu_strategy()
     assert (strategy.global_rank, strategy.world_size) == (1, 2)
     assert not strategy.is_global_zero

@@ -61,6 +61,13 @@ def test_options_freeze_once_they_are_used(used_by):
     frozen.clone().deviceIterations(2)
 
 
+def test_options_that_there_are_none_of_cannot_be_set():
+    with pytest.raises(AssertionError, match="Invalid option micro_batches"):
+        options().micro_batches = 3
+    with pytest.raises(AssertionError, match="Unexpected type"):
+        options().deviceIterations("2")
+
+
 # --- tracing --------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,7 @@ ENUMERATIONS = (
     "ConnectionType",
     "DataLoaderMode",
 )
-OWN = {"set", "check", "exists", "toDict", "num_ipus"}
+OWN = {"set", "createOrSet", "check", "exists", "toDict", "num_ipus"}
 """Names of the stand-in's that the manifest has in a base class, or that are none of PopTorch's."""
 
 
