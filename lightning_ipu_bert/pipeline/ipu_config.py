@@ -159,18 +159,7 @@ class IPUConfig:
         Raises:
             UserError: If a name is unknown, or a value breaks a rule.
         """
-        known = {f.name for f in fields(cls)}
-        given: Dict[str, Any] = {}
-        for name, value in values.items():
-            name = SPELLINGS.get(name, name)
-            if name in FILE_FORMAT_KEYS:
-                continue
-            if name not in known:
-                near = get_close_matches(name, [*known, *SPELLINGS], n=1, cutoff=0.0)[0]
-                raise UserError(
-                    f"{name}={value!r} is no field of an IPU config. Did you mean '{near}'?"
-                )
-            given[name] = _for_pod(name, value, pod_type)
+        given = resolved(values, pod_type)
         new = {SPELLINGS.get(k, k): v for k, v in (plan or {}).items() if v is not None}
         if "layers_per_ipu" in new:
             given.pop("ipus_per_replica", None)  # it belonged to the other layers
@@ -278,6 +267,31 @@ WITHOUT_EFFECT = {
     "inference_serialized_projection_splits_per_ipu": "the model has no such output layer",
     "use_popdist": "PopDist is used where poprun started the process",
 }
+
+
+def resolved(values: Mapping[str, Any], pod_type: Optional[str] = None) -> Dict[str, Any]:
+    """Return the values of an `ipu_config.json` by the names of the fields, for one type of pod.
+
+    Args:
+        values: As for `IPUConfig.from_dict`.
+        pod_type: As there.
+
+    Raises:
+        UserError: If a name is unknown, or there is no value for the pod.
+    """
+    known = {f.name for f in fields(IPUConfig)}
+    given: Dict[str, Any] = {}
+    for name, value in values.items():
+        name = SPELLINGS.get(name, name)
+        if name in FILE_FORMAT_KEYS:
+            continue
+        if name not in known:
+            near = get_close_matches(name, [*known, *SPELLINGS], n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"{name}={value!r} is no field of an IPU config. Did you mean '{near}'?"
+            )
+        given[name] = _for_pod(name, value, pod_type)
+    return given
 
 
 def _for_pod(name: str, value: Any, pod_type: Optional[str]) -> Any:

@@ -125,12 +125,22 @@ def check_trainer(trainer: Trainer, module: LightningModule, config: IPUConfig) 
                     f"{kind.__name__} cannot work on IPUs: {reason}. Remove it, or use another "
                     "strategy."
                 )
+    _check_intervals(trainer, config.device_iterations)
+
+
+def _check_intervals(trainer: Trainer, updates: int) -> None:
     for name, value in _intervals(trainer):
-        if value % config.device_iterations:
+        if value % updates:
             raise UserError(
-                f"{name}={value} is no multiple of device_iterations={config.device_iterations}, "
-                "the weight updates of one call. Use a multiple of it, or device_iterations=1."
+                f"{name}={value} is no multiple of device_iterations={updates}, the weight updates "
+                "of one call. Use a multiple of it, or device_iterations=1."
             )
+    between = trainer.val_check_interval
+    if updates > 1 and isinstance(between, int):
+        raise UserError(
+            f"val_check_interval={between} counts batches, and with device_iterations={updates} "
+            f"each is {updates} updates. Give a share of the epoch, e.g. 0.5."
+        )
 
 
 def _intervals(trainer: Trainer) -> Iterator[Tuple[str, int]]:

@@ -29,6 +29,7 @@ from lightning_ipu_bert.strategies.ipu.network import (
     TrainingNetwork,
     tensors_of,
 )
+from lightning_ipu_bert.strategies.ipu.offline import CompiledOffline
 from lightning_ipu_bert.strategies.ipu.optimizer import IPUOptimizer
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 from lightning_ipu_bert.strategies.micro_batches import count_examples
@@ -71,6 +72,8 @@ class IPUExecutor:
         self._weights_version = 0
         """Grows with every update; the inference graph remembers which one it has."""
         self._inference_has = -1
+        self._host_is_newer = False
+        """Whether weights were loaded that the training graph has not."""
 
     # --- runs -------------------------------------------------------------------------------------
 
@@ -92,7 +95,12 @@ class IPUExecutor:
                 f"A training batch has {len(tensors[0])} examples, and a call takes "
                 f"{graph.batch_size}. Let the loader drop a last batch that is not full."
             )
-        self._attach(graph)
+        if self._offline:
+            raise CompiledOffline
+        fresh = self._attach(graph)
+        if self._host_is_newer and not fresh:
+            graph.poplar.copyWeightsToDevice()
+        self._host_is_newer = False
         assert self.optimizer is not None
         self.optimizer.refresh(graph.poplar)  # once attached, so that it is sent at once
         result = graph.poplar(*tensors)
@@ -112,7 +120,7 @@ class IPUExecutor:
             graph = self.inference or self.compile_inference(batch)
             graph.check(batch, tensors)
             if self._offline:
-                self.end_offline()
+                raise CompiledOffline
             self._give_weights_to(graph)
             examples = len(tensors[0])
             parts = [
@@ -120,15 +128,6 @@ class IPUExecutor:
                 for first in range(0, examples, graph.batch_size)
             ]
         return joined(parts, examples)
-
-    def end_offline(self) -> None:
-        """End a run that only compiles.
-
-        Raises:
-            SystemExit: Always, with code 0.
-        """
-        rank_zero_info("Nothing was run: compile_only is set. Run again without it.")
-        raise SystemExit(0)
 
     # --- weights ----------------------------------------------------------------------------------
 
@@ -138,10 +137,9 @@ class IPUExecutor:
             self.training.poplar.copyWeightsToHostIfNeeded()
 
     def weights_were_loaded(self) -> None:
-        """Send the host's weights to the IPUs: somebody has loaded others into the module."""
+        """Let the next runs take the host's weights: somebody has loaded others into the module."""
         self._weights_version += 1
-        if self.training is not None and self.training.poplar.isAttachedToDevice():
-            self.training.poplar.copyWeightsToDevice()
+        self._host_is_newer = True
 
     def _give_weights_to(self, graph: CompiledGraph) -> None:
         """Attach the inference graph and bring its weights up to date, if they are not."""

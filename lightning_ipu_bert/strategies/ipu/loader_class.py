@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, Dict, Iterator
+import random
+from functools import lru_cache, partial
+from itertools import chain
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
@@ -21,6 +23,35 @@ KEPT = (
     "worker_init_fn",
 )
 """What is taken over from a user's loader as it is."""
+
+
+class InARow(Sampler):  # type: ignore[type-arg]  # not generic in torch 2.0
+    """The examples of a batch sampler's batches, one after the other."""
+
+    def __init__(self, batches: Iterable[Sequence[int]], batch_size: int) -> None:
+        """Create a sampler.
+
+        Args:
+            batches: A user's batch sampler.
+            batch_size: Examples of each of its batches.
+        """
+        self.batches = batches
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        """Draw an epoch."""
+        return chain.from_iterable(self.batches)
+
+    def __len__(self) -> int:
+        """Return the number of examples, as if the last batch were full."""
+        return len(self.batches) * self.batch_size  # type: ignore[arg-type]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on, which Lightning gives to samplers that want it."""
+        parts: List[Any] = [self.batches, getattr(self.batches, "sampler", None)]
+        for part in parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
 
 
 def loader_like(loader: DataLoader[Any], **arguments: Any) -> Any:
@@ -67,7 +98,7 @@ def _loader_class(kind: Any) -> Any:
             if not self._ahead:
                 yield from super().__iter__()
                 return
-            loader = poptorch.DataLoader(**self._arguments, **self._rebatching())
+            loader = poptorch.DataLoader(**self._for_another_process())
             try:
                 for batch in loader:
                     # The memory is shared and used again, but Lightning holds a batch while it
@@ -76,11 +107,15 @@ def _loader_class(kind: Any) -> Any:
             finally:
                 loader.terminate()
 
-        def __len__(self) -> int:
-            if not self._is_user_batch_sampler_set:
-                return int(super().__len__())
-            batches, rest = divmod(len(self.batch_sampler), self._num_batches_to_combine)
-            return int(batches + (1 if rest and not self.batch_sampler_drop_last else 0))
+        def _for_another_process(self) -> Dict[str, Any]:
+            """Draw order and seed here: generators do not travel, and that process has no seed."""
+            arguments = {**self._arguments, **self._rebatching()}
+            seed = torch.empty((), dtype=torch.int64).random_(generator=arguments.pop("generator"))
+            begin = partial(_begin_worker, int(seed), self.worker_init_fn)
+            arguments["worker_init_fn"] = begin
+            if not isinstance(self.dataset, IterableDataset):
+                arguments["sampler"] = list(chain.from_iterable(self.batch_sampler))
+            return arguments
 
         def _rebatching(self) -> Dict[str, int]:
             """Workers make parts of a batch, about two each, as in optimum-graphcore."""
@@ -92,6 +127,14 @@ def _loader_class(kind: Any) -> Any:
 
     bases = (AnyMode,) if kind is DataLoader else (kind, AnyMode)
     return type("IPUDataLoader", bases, {})
+
+
+def _begin_worker(seed: int, then: Optional[Callable[[int], None]], worker: int) -> None:
+    """Seed a worker as torch does, and run the user's own function behind it."""
+    torch.manual_seed(seed + worker)
+    random.seed(seed + worker)
+    if then is not None:
+        then(worker)
 
 
 def _copy(value: Any) -> Any:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Literal
+from typing import Any, Dict, Literal, Optional
 
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.batches import micro_batch_size_of
 from lightning_ipu_bert.pipeline.ipu_config import Graph
 from lightning_ipu_bert.pipeline.ipu_rules import check_enough_data
-from lightning_ipu_bert.strategies.ipu.loader_class import loader_like
+from lightning_ipu_bert.strategies.ipu.loader_class import InARow, loader_like
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
 LoaderMode = Literal["sync", "async", "async_rebatched"]
@@ -34,7 +35,8 @@ def ipu_loader(
         mode: Whether batches are made ahead, in a process of their own.
 
     Raises:
-        UserError: If micro-batches do not divide the batch, or there are too few training data.
+        UserError: If micro-batches do not divide the batch or have no size, or there are too few
+            training data.
     """
     poptorch = import_poptorch()
     if not isinstance(loader, DataLoader) or isinstance(loader, poptorch.DataLoader):
@@ -42,13 +44,10 @@ def ipu_loader(
     if loader.batch_sampler is None:
         return loader  # its data set gives whole batches
     batches = _batch_arguments(loader, graph, accumulation)
-    if graph.training and not isinstance(loader.dataset, IterableDataset):
-        sampler = batches.get("batch_sampler") or batches["sampler"]
-        whole = "batch_sampler" in batches
-        micro_batch_size = sampler.batch_size if whole else batches["batch_size"]
-        examples = len(sampler) * (micro_batch_size if whole else 1)
-        check_enough_data(examples, micro_batch_size, graph)
-        _say_what_is_dropped(examples, micro_batch_size * graph.micro_batches_per_call)
+    examples = _count(batches.get("sampler"))
+    if graph.training and examples is not None:
+        check_enough_data(examples, batches["batch_size"], graph)
+        _say_what_is_dropped(examples, batches["batch_size"] * graph.micro_batches_per_call)
     result = loader_like(
         loader,
         options=options,
@@ -70,10 +69,25 @@ def _batch_arguments(loader: Any, graph: Graph, accumulation: int) -> Dict[str, 
     batches = loader.batch_sampler
     if isinstance(batches, _IndexBatchSamplerWrapper):  # Lightning's, around any, for `predict`
         batches = batches._batch_sampler
-    if type(batches) is not BatchSampler:
-        return {"batch_sampler": batches}
-    micro_batch_size = _micro_batch_size(batches.batch_size, graph, accumulation)
-    return {"batch_size": micro_batch_size, "sampler": batches.sampler}
+    if type(batches) is BatchSampler:
+        micro_batch_size = _micro_batch_size(batches.batch_size, graph, accumulation)
+        return {"batch_size": micro_batch_size, "sampler": batches.sampler}
+    size = getattr(batches, "batch_size", None)
+    if not isinstance(size, int):
+        raise UserError(
+            f"The batch sampler {type(batches).__name__} has batch_size={size}, and "
+            "IPUs take micro-batches of one size. Give it the attribute batch_size, the examples "
+            "of each of its batches, or use a sampler."
+        )
+    return {"batch_size": size, "sampler": InARow(batches, size)}
+
+
+def _count(sampler: Any) -> Optional[int]:
+    """Return the examples that a sampler draws, if it knows; streams have no sampler."""
+    try:
+        return len(sampler)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _micro_batch_size(batch_size: int, graph: Graph, accumulation: int) -> int:

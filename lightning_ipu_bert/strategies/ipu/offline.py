@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import suppress
+from typing import Any, Callable
 
-from lightning_ipu_bert.strategies.ipu.executor import IPUExecutor
+
+class CompiledOffline(SystemExit):
+    """Ends a step whose program was compiled only, and the run with code 0."""
+
+    def __init__(self) -> None:
+        """Create one."""
+        super().__init__(0)
 
 
-def compile_and_end(trainer: Any, executor: IPUExecutor) -> None:
-    """Compile both programs of a `fit`, and end it.
+def compile_and_end(trainer: Any) -> None:
+    """Compile both programs of a `fit`, each by a step of the module, and end it.
 
     Args:
         trainer: Is about to train, and has its training loader.
-        executor: Compiles.
 
     Raises:
-        SystemExit: Always, with code 0.
+        CompiledOffline: Always.
     """
-    executor.compile_training(next(iter(trainer.train_dataloader)))
-    trainer.lightning_module.eval()
+    _step(trainer, trainer.fit_loop, trainer.strategy.training_step)
     if trainer.enable_validation:
+        trainer.lightning_module.eval()
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    loaders = trainer.val_dataloaders
-    for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
-        if loader is not None and executor.inference is None:
-            executor.compile_inference(next(iter(loader)))
-    executor.end_offline()
+        _step(trainer, trainer.fit_loop.epoch_loop.val_loop, trainer.strategy.validation_step)
+    raise CompiledOffline
+
+
+def _step(trainer: Any, loop: Any, step: Callable[..., Any]) -> None:
+    """Run a step on the first batch as Lightning's loops would, up to what would run on IPUs."""
+    batch, _, _ = next(iter(loop._combined_loader))
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    several = trainer.validating and len(loop._combined_loader.flattened) > 1
+    with suppress(CompiledOffline):
+        step(batch, 0, *([0] if several else []))

@@ -146,8 +146,10 @@ class IPUOptimizer:
         state that it has itself is filled in.
         """
         loaded, self._loaded = self._loaded, {}
+        if not loaded:
+            return  # a look at the state would fetch it, and all weights
         whole = self.poptorch.state_dict()
-        if not loaded or whole.get("ipu_state") is None:
+        if whole.get("ipu_state") is None:
             return
         filled = {key: self._filled(key, v, loaded) for key, v in whole["ipu_state"].items()}
         self.poptorch.load_state_dict({**whole, "ipu_state": filled})
@@ -156,7 +158,11 @@ class IPUOptimizer:
         """Leave numbers and state with the host's optimizer: the IPUs are about to be gone."""
         state = self.state_dict()
         del vars(self.host)["zero_grad"]
-        self.host.load_state_dict(state)
+        self.host.load_state_dict({**state, "state": {}})
+        parameters = [p for group in self.host.param_groups for p in group["params"]]
+        for index, entry in state["state"].items():
+            # Not by load_state_dict: it would turn moments into the type of float16 weights.
+            self.host.state[parameters[index]] = entry
 
     @property
     def _kind(self) -> str:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.config import PipelineConfig
-from lightning_ipu_bert.pipeline.ipu_config import SPELLINGS, IPUConfig
+from lightning_ipu_bert.pipeline.ipu_config import SPELLINGS, IPUConfig, resolved
 from lightning_ipu_bert.strategies.ipu import checks
 from lightning_ipu_bert.strategies.ipu.config_file import read_values
 from lightning_ipu_bert.strategies.ipu.console import flags_without_ipus, plan_lines
@@ -29,7 +29,7 @@ from lightning_ipu_bert.strategies.ipu.executor import IPUExecutor
 from lightning_ipu_bert.strategies.ipu.hardware import check_hardware, check_poprun
 from lightning_ipu_bert.strategies.ipu.loaders import LoaderMode, ipu_loader
 from lightning_ipu_bert.strategies.ipu.losses import refuse_other_losses
-from lightning_ipu_bert.strategies.ipu.offline import compile_and_end
+from lightning_ipu_bert.strategies.ipu.offline import CompiledOffline, compile_and_end
 from lightning_ipu_bert.strategies.ipu.optimizer import Extras, IPUOptimizer
 from lightning_ipu_bert.strategies.ipu.options import Surroundings, ipu_options
 from lightning_ipu_bert.strategies.ipu.precision import IPUPrecision
@@ -97,7 +97,7 @@ class IPUStrategy(IPUStates):
             loader_mode: Whether batches are made ahead in a process of their own: sync, async or
                 async_rebatched.
             auto_round_num_ipus: Take more IPUs than are used where their number is no power of two.
-            compile_only: Compile for the next run, without IPUs, and end.
+            compile_only: Compile for the next run on Mk2 IPUs, without any, and end.
             edit_options: Is called with each `poptorch.Options`, and True for training's, before it
                 is used; for what IPUConfig does not know.
             accelerator: Set by the Trainer, as the next four.
@@ -137,10 +137,11 @@ class IPUStrategy(IPUStates):
         self._failed = False
         self._cleanup = ExitStack()
         self._plan = plan
+        of_config = resolved(given, pod_type)
         self._overridden = {
             name: value
             for name, value in plan.items()
-            if value is not None and given.get(SPELLINGS.get(name, name), value) != value
+            if value is not None and of_config.get(SPELLINGS.get(name, name), value) != value
         }
 
     # --- what Lightning asks ----------------------------------------------------------------------
@@ -199,8 +200,9 @@ class IPUStrategy(IPUStates):
             lambda training: self._batch_sizes.get(training),
             offline=self._compile_only,
         )
-        hook = module.register_load_state_dict_post_hook(self._weights_were_loaded)
-        self._cleanup.callback(hook.remove)
+        for part in module.modules():  # somebody may load weights into a part only
+            hook = part.register_load_state_dict_post_hook(self._weights_were_loaded)
+            self._cleanup.callback(hook.remove)
         self._executor.loaded_rng_state = self._loaded.get("rng_state")
         self._executor.loaded_num_ipus = self._loaded.get("num_ipus")
         if trainer.state.fn == TrainerFn.FITTING:
@@ -309,8 +311,7 @@ class IPUStrategy(IPUStates):
                 "trainer.estimated_stepping_batches, which counts batches."
             )
         if self._compile_only:
-            assert self._executor is not None
-            compile_and_end(trainer, self._executor)
+            compile_and_end(trainer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own training_step; its `run_loss` runs the IPUs."""
@@ -364,7 +365,11 @@ class IPUStrategy(IPUStates):
             if not self._failed:
                 raise
             rank_zero_warn(f"The IPUs could not be given back in order: {error}")
+        finally:
+            super().teardown()  # plugins may have something to finish, such as a save
 
     def on_exception(self, exception: BaseException) -> None:
         """Remember that the run has failed: what fails after it must not hide why."""
+        if isinstance(exception, CompiledOffline):
+            rank_zero_info("Nothing was run: compile_only is set. Run again without it.")
         self._failed = True

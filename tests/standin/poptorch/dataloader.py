@@ -1,5 +1,7 @@
 """Loaders of whole calls."""
 
+import pickle
+
 import torch
 
 from poptorch.device import Error
@@ -43,6 +45,8 @@ class DataLoader(torch.utils.data.DataLoader):
         self._accessor, self._mode = None, mode
         if rebatched_worker_size is not None:
             assert rebatched_worker_size <= self._combined_batch_size
+            if self._is_user_batch_sampler_set:
+                raise ValueError("batch_sampler option is mutually exclusive with batch_size")
         if isinstance(dataset, torch.utils.data.IterableDataset):
             shuffle = None
         elif num_workers == 0 and len(dataset) < self._combined_batch_size and drop_last:
@@ -109,24 +113,19 @@ class AsynchronousDataAccessor:
         sharing_strategy=None,
         rebatched_size=None,
     ):
-        import copy
-
-        self._loader, self._buffer, self._alive = dataset, None, True
-        # A process of its own has the sampler as it was when the process began.
-        self._sampler = copy.deepcopy(dataset.sampler)
+        if dataset.generator is not None:  # torch 2.0 says so, newer ones would do it
+            raise TypeError("cannot pickle 'torch._C.Generator' object")
+        # A process of its own has the loader as it was when the process began.
+        self._loader = pickle.loads(pickle.dumps(dataset))
+        self._buffer, self._alive = None, True
 
     def terminate(self):
         self._alive = False
 
     def __iter__(self):
         assert self._alive
-        ours = self._loader.sampler
-        object.__setattr__(self._loader.batch_sampler, "sampler", self._sampler)
-        try:
-            for batch in self._loader._whole_calls():
-                yield self._shared(batch)
-        finally:
-            object.__setattr__(self._loader.batch_sampler, "sampler", ours)
+        for batch in self._loader._whole_calls():
+            yield self._shared(batch)
 
     def _shared(self, batch):
         leaves, structure = torch.utils._pytree.tree_flatten(batch)

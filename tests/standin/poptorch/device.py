@@ -28,7 +28,7 @@ class _Pool:
 
 POOL = _Pool()
 COUNTS = Counter()
-"""Copies of all weights (to_host, to_device) and of optimizers (set_optimizer), compilations."""
+"""Copies of all weights or the whole state (to_host, to_device); set_optimizer, compilations."""
 
 
 def ipuHardwareIsAvailable(num_ipus: int = 1) -> bool:

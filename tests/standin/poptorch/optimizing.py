@@ -49,6 +49,7 @@ class Optimizing:
                 for group, names in zip(self._numbers["groups"], self._group_names)
                 for name in names
             }
+            COUNTS["to_host"] += 1  # PopART has one way to the host, and it takes the weights, too
             state = {name: t.clone() for name, t in self._optimizer_state.items()}
             optimizer.set_state_dict(
                 {

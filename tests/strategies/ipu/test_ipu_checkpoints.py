@@ -199,10 +199,11 @@ def test_momentum_goes_on_too(tmp_path):
     assert first + second + third == pytest.approx(whole, rel=1e-5)
 
 
-def test_a_checkpoint_saved_after_fit_is_as_whole_as_one_saved_in_it(tmp_path):
+@pytest.mark.parametrize("precision", ["32-true", "16-true"])
+def test_a_checkpoint_saved_after_fit_is_as_whole_as_one_saved_in_it(precision, tmp_path):
     module, examples = with_adamw("bert")
     keeper = ModelCheckpoint(tmp_path, filename="inside")
-    trainer = ipu_trainer(tmp_path, keeper)
+    trainer = ipu_trainer(tmp_path, keeper, precision=precision)
     trainer.fit(module, loader(examples))
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     inside, after = (
@@ -211,7 +212,9 @@ def test_a_checkpoint_saved_after_fit_is_as_whole_as_one_saved_in_it(tmp_path):
     assert after["ipu"] == inside["ipu"]
     for index, entry in inside["optimizer_states"][0]["state"].items():
         for name, value in entry.items():
-            assert (after["optimizer_states"][0]["state"][index][name] == value).all()
+            kept = after["optimizer_states"][0]["state"][index][name]
+            assert kept.dtype == value.dtype == torch.float32
+            assert (kept == value).all()
 
 
 def test_updates_are_counted_on_with_the_same_iterations_only(tmp_path):
@@ -263,13 +266,15 @@ def test_logs_go_on_at_the_same_steps(tmp_path):
     assert {**first, **second} == whole
 
 
-def test_weights_loaded_in_between_reach_the_ipus(tmp_path):
+@pytest.mark.parametrize("part", ["", "bert.encoder.layer.1"])
+def test_weights_loaded_in_between_reach_the_ipus(part, tmp_path):
     class BackToStart(pl.Callback):
         def on_fit_start(self, trainer, pl_module):
-            self.state = {k: v.clone() for k, v in pl_module.state_dict().items()}
+            state = pl_module.get_submodule(part).state_dict()
+            self.state = {k: v.clone() for k, v in state.items()}
 
         def on_train_epoch_end(self, trainer, pl_module):
-            pl_module.load_state_dict(self.state)
+            pl_module.get_submodule(part).load_state_dict(self.state)
 
     found = []
     for make, replicas in ((plain_trainer, 1), (ipu_trainer, 2)):
@@ -279,6 +284,18 @@ def test_weights_loaded_in_between_reach_the_ipus(tmp_path):
         trainer.fit(module, loader(examples, replicas), loader(examples, replicas))
         found.append([*losses.losses, float(trainer.callback_metrics["val/loss"])])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_plugins_finish_what_they_do(tmp_path):
+    ended = []
+
+    class Later(AtomicCheckpointIO):
+        def teardown(self):
+            ended.append(poptorch.device.POOL.held)
+
+    module, examples = with_adamw("bert")
+    ipu_trainer(tmp_path, plugins=[Later()]).fit(module, loader(examples))
+    assert ended == [0]
 
 
 def test_a_save_that_is_interrupted_leaves_the_last_one_whole(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import poptorch
 import pytest
 import torch
 from language_model import Sentences
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ipu_bert import IPUConfig, UserError
 from lightning_ipu_bert.data.loaders import ResumableDataLoader, TrainingSampler
@@ -60,7 +60,9 @@ def test_every_epoch_has_its_own_order_and_can_begin_in_the_middle(mode):
 
     def make(state=None):
         sampler = TrainingSampler([13] * 64, 8)
-        loader = ResumableDataLoader(data, batch_size=8, sampler=sampler)
+        # As the data module makes it: with a generator, which cannot go to another process.
+        generator = torch.Generator()
+        loader = ResumableDataLoader(data, batch_size=8, sampler=sampler, generator=generator)
         if state:
             loader.load_state_dict(state)
         return convert(loader, TRAINING.training, mode)
@@ -92,21 +94,69 @@ def test_batches_of_a_process_of_its_own_can_be_kept():
     assert (batches[0] != batches[1]).any()
 
 
-def test_a_batch_sampler_gives_micro_batches():
+class Pairs:
+    """A batch sampler of a user's own, which knows no more than torch asks for."""
+
+    def __init__(self, count, **attributes):
+        self.batches = [[i, count - 1 - i] for i in range(count // 2)]
+        vars(self).update(attributes)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class SizedPairs(Pairs):
+    batch_size, epoch = 2, 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pairs", [Pairs(64, batch_size=2), SizedPairs(64)])
+def test_a_batch_sampler_gives_micro_batches(pairs, mode):
     data = Sentences(64)
-    batches = [[i, 63 - i] for i in range(32)]
+    found = convert(DataLoader(data, batch_sampler=pairs, num_workers=1), TRAINING.training, mode)
+    order = [i for pair in pairs.batches for i in pair]
+    assert [len(batch) for batch in tokens(found)] == [16] * 4
+    assert (torch.cat(tokens(found)) == data.tokens[order]).all()
+    found.sampler.set_epoch(3)
+    if isinstance(pairs, SizedPairs):
+        assert len(found) == 4
+        assert pairs.epoch == 3
 
-    class Pairs(BatchSampler):
-        def __iter__(self):
-            return iter(batches)
 
-        def __len__(self):
-            return len(batches)
+def test_a_batch_sampler_must_know_its_size():
+    with pytest.raises(UserError, match="The batch sampler Pairs has batch_size=None"):
+        convert(DataLoader(Sentences(64), batch_sampler=Pairs(64)), TRAINING.training)
 
-    sampler = Pairs(RandomSampler(data), 2, False)
-    found = convert(DataLoader(data, batch_sampler=sampler), TRAINING.training)
-    assert len(found) == 4
-    assert (torch.cat(tokens(found)) == data.tokens[[i for pair in batches for i in pair]]).all()
+
+class Noise(torch.utils.data.Dataset):
+    """Every example is a random number of its worker, and where it stands."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        return {"tokens": torch.stack([torch.rand(()), torch.tensor(float(index))])}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_seed_gives_one_order_and_one_noise(mode):
+    def epochs(seed):
+        torch.manual_seed(seed)
+        loader = DataLoader(Noise(), batch_size=8, shuffle=True, num_workers=1)
+        found = convert(loader, TRAINING.training, mode)
+        return [torch.cat(tokens(found)) for _ in range(2)]
+
+    first, again, other = epochs(1), epochs(1), epochs(2)
+    assert all((a == b).all() for a, b in zip(first, again))
+    for a, b in ((first[0], first[1]), (first[0], other[0])):
+        assert (a[:, 0] != b[:, 0]).all()
+        assert (a[:, 1] != b[:, 1]).any()
 
 
 def test_streams_are_loaded_too():

@@ -177,6 +177,7 @@ REFUSALS = {
         TWICE,
         "log_every_n_steps=5",
     ),
+    "val_check_interval": (None, {"val_check_interval": 2}, TWICE, "val_check_interval=2 counts"),
     "frequency of a schedule": (OddSchedule, {}, TWICE, "frequency=3 updates"),
     "scaled loss": (ScaledLoss, {}, {}, "was multiplied by 0.5 after run_loss"),
     "run_output in training": (OutputInTraining, {}, {}, "would change programs on the IPUs"),

@@ -14,9 +14,10 @@ import pytest
 import torch
 import yaml
 from ipu_runs import ipu_strategy, ipu_trainer, loader, with_adamw
+from language_model import LanguageModel, Sentences
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from model_helpers import needs_pipelining
-from models import make_model
+from models import GLOBAL_BATCH, make_model
 
 from lightning_ipu_bert import IPUAccelerator, IPUStrategy, PipelineParallelStrategy
 from lightning_ipu_bert.cli import main, shipped_configs
@@ -133,6 +134,20 @@ def test_a_file_is_overridden_and_says_so(tmp_path, caplog):
     assert "IPU config: use_popdist=True has no effect" in caplog.text
 
 
+def test_what_is_the_same_is_not_said(tmp_path, caplog):
+    given = {
+        "layers_per_stage": [2, 4],
+        "replication_factor": {"pod4": 2, "pod16": 8},
+        "gradient_accumulation_steps": 4,
+        "inference_device_iterations": 2,
+    }
+    strategy = IPUStrategy([3, 3], 2, ipu_config=given, pod_type="pod4")
+    module, examples = make_model("language model")
+    ipu_trainer(tmp_path, strategy=strategy).fit(module, loader(examples))
+    said = [r.message for r in caplog.records if "Overriding" in r.message]
+    assert said == ["Overriding IPU config: layers_per_stage=[3, 3]"]
+
+
 def test_one_replica_shards_nothing_and_says_so(tmp_path, caplog):
     strategy = ipu_strategy(replication_factor=1, replicated_tensor_sharding=True)
     module, examples = make_model("language model")
@@ -154,6 +169,33 @@ def test_compile_only_compiles_both_programs_and_trains_nothing(tmp_path, ipus, 
     assert poptorch.device.COUNTS["compilations"] == 2
     assert "Nothing was run" in caplog.text
     assert all((p == before[name]).all() for name, p in module.named_parameters())
+
+
+def test_compile_only_compiles_for_what_the_steps_run(tmp_path):
+    """Batches are cast, changed by hooks and cut by steps before they are run."""
+
+    class Changes(LanguageModel):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return {**batch, "weight": torch.ones(len(batch["tokens"]), 1)}
+
+        def training_step(self, batch, batch_idx):
+            return self.run_loss({**batch, "tokens": batch["tokens"][:, :7]})
+
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            self.run_output({"tokens": batch["tokens"]})
+
+    class Look(pl.Callback):
+        def on_exception(self, trainer, pl_module, exception):
+            executor = trainer.strategy._executor
+            shapes.extend(g.shapes for g in (executor.training, executor.inference))
+
+    shapes, data = [], Sentences(GLOBAL_BATCH)
+    strategy = ipu_strategy(compile_only=True)
+    trainer = ipu_trainer(tmp_path, Look(), strategy=strategy, precision="16-true")
+    with pytest.raises(SystemExit):
+        trainer.fit(Changes(), loader(data), [loader(data), loader(data)])
+    weight, tokens = ((1,), torch.float32), torch.int64
+    assert shapes == [[((7,), tokens), weight], [((13,), tokens)]]
 
 
 def test_compile_only_evaluates_nothing(tmp_path, ipus):

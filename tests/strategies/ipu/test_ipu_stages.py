@@ -93,6 +93,26 @@ def test_each_stage_gives_its_own_values(tmp_path):
     assert seen == {"train": 1.0, "validation": 2.0, "test": 3.0}
 
 
+class Indices(pl.callbacks.BasePredictionWriter):
+    """Keeps which examples Lightning says were in each batch."""
+
+    def __init__(self):
+        super().__init__("batch")
+        self.seen = []
+
+    def write_on_batch_end(self, trainer, pl_module, prediction, batch_indices, batch, *args):
+        assert len(batch_indices) == len(batch["tokens"])
+        self.seen += batch_indices
+
+
+@pytest.mark.parametrize("mode", ["sync", "async", "async_rebatched"])
+def test_predictions_know_their_examples(mode, tmp_path):
+    indices, data = Indices(), Sentences(13)
+    trainer = ipu_trainer(tmp_path, indices, strategy=ipu_strategy(loader_mode=mode))
+    trainer.predict(EveryStage(), loader(data))
+    assert indices.seen == list(range(13))
+
+
 def test_loaders_have_the_options_of_their_graph(tmp_path):
     seen = []
 
