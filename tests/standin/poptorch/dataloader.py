@@ -124,7 +124,10 @@ class AsynchronousDataAccessor:
 
     def __iter__(self):
         assert self._alive
-        for batch in self._loader._whole_calls():
+        with torch.random.fork_rng(devices=[]):
+            torch.seed()  # that process has random numbers of its own
+            batches = iter(self._loader._whole_calls())
+        for batch in batches:
             yield self._shared(batch)
 
     def _shared(self, batch):
