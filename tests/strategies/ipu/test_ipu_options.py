@@ -154,7 +154,7 @@ def test_what_is_asked_for_by_option():
 
 
 def test_one_replica_shares_nothing():
-    locations = options(replicated_tensor_sharding=True).TensorLocations.values
+    locations = options(replicated_tensor_sharding=True).toDict()
     assert locations["location_optimizer"]["useReplicatedTensorSharding"] == 0
 
 
