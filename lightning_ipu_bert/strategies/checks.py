@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, Mapping, Optional
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -74,10 +74,23 @@ def check_run(trainer: Trainer, module: Optional[LightningModule], config: Pipel
             "which accumulates over its micro-batches. Set the strategy's "
             "gradient_accumulation_steps instead."
         )
+    refuse_callbacks(trainer, REFUSED)
+
+
+def refuse_callbacks(trainer: Trainer, refused: Mapping[str, str]) -> None:
+    """Check that no callback is of a kind that cannot work.
+
+    Args:
+        trainer: Has the callbacks.
+        refused: Names of kinds, and what each does that cannot be.
+
+    Raises:
+        UserError: If one is.
+    """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for kind in type(callback).__mro__:
-            if kind.__name__ in REFUSED:
-                reason = REFUSED[kind.__name__]
+            if kind.__name__ in refused:
+                reason = refused[kind.__name__]
                 raise UserError(f"{kind.__name__} {reason}. Remove it, or use another strategy.")
 
 

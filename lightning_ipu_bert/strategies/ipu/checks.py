@@ -16,17 +16,18 @@ from lightning_ipu_bert.pipeline.interface import check_module
 from lightning_ipu_bert.pipeline.ipu_config import Graph, IPUConfig
 from lightning_ipu_bert.pipeline.ipu_rules import check_graph
 from lightning_ipu_bert.pipeline.partition import partition
+from lightning_ipu_bert.strategies.checks import refuse_callbacks
 
-ON_DEVICE = "the weights change on the IPUs, and the host sees them only now and then"
+ON_DEVICE = "cannot follow the weights, which change on the IPUs and not on the host"
 REFUSED = {
     "StochasticWeightAveraging": ON_DEVICE,
     "WeightAveraging": ON_DEVICE,
     "EMAWeightAveraging": ON_DEVICE,
-    "GradientAccumulationScheduler": "accumulation is compiled into the program",
-    "BatchSizeFinder": "the batch size is compiled into the program",
-    "BaseFinetuning": "which parameters train, and in which group, is compiled into the program",
     "ModelPruning": ON_DEVICE,
-    "LearningRateFinder": "it goes back to old weights, which the IPUs do not take over",
+    "GradientAccumulationScheduler": "changes accumulation, which is compiled into the program",
+    "BatchSizeFinder": "changes the batch size, which is compiled into the program",
+    "BaseFinetuning": "changes which parameters train, which is compiled into the program",
+    "LearningRateFinder": "goes back to the state before it, and the optimizer's is on the IPUs",
 }
 """Callbacks that cannot work on IPUs, and why."""
 
@@ -117,14 +118,7 @@ def check_trainer(trainer: Trainer, module: LightningModule, config: IPUConfig) 
                 f"{type(module).__name__} overrides {hook}, but gradients and updates never come "
                 "to the host on IPUs. Remove the override, or use another strategy."
             )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for kind in type(callback).__mro__:
-            if kind.__name__ in REFUSED:
-                reason = REFUSED[kind.__name__]
-                raise UserError(
-                    f"{kind.__name__} cannot work on IPUs: {reason}. Remove it, or use another "
-                    "strategy."
-                )
+    refuse_callbacks(trainer, REFUSED)
     _check_intervals(trainer, config.device_iterations)
 
 

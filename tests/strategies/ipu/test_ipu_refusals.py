@@ -187,7 +187,7 @@ REFUSALS = {
     "what is no tensor": (PlainNumberInBatch, {}, {}, "uses something of the batch that is no"),
     "eps": (WithoutEps, {}, {}, "must be above 0 on IPUs"),
     "dampening": (WithDampening, {}, {}, r"SGD\(dampening=0.5\)"),
-    "finetuning": (None, {"callbacks": [BackboneFinetuning()]}, {}, "BaseFinetuning cannot work"),
+    "finetuning": (None, {"callbacks": [BackboneFinetuning()]}, {}, "BaseFinetuning changes which"),
     "numbers in a batch": (NumberInBatch, {}, {}, r"holds a tensor of shape \[\]"),
     "devices": (None, {"devices": 8}, {}, "devices=8 does not fit 2 stages x"),
     "accumulation": (None, {}, {"gradient_accumulation_steps": 2}, "the 3 training stages"),
