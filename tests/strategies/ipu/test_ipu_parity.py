@@ -166,10 +166,9 @@ def test_half_precision_trains_in_half_and_comes_close(tmp_path):
 def test_weights_equal_those_of_a_pipeline_of_ranks(tmp_path):
     from ranks import run_ranks
 
-    plan = {k: FOUR_STAGES[k] for k in ("replication_factor", "gradient_accumulation_steps")}
-    plan["layers_per_stage"] = [3, 3]
-    results = run_ranks(4, on_ranks, plan, str(tmp_path))
-    ours, weights = fit_ipu("bert", tmp_path, {**plan, "ipu_config": {}})
+    plan = {name: value for name, value in FOUR_STAGES.items() if name != "ipu_config"}
+    results = run_ranks(8, on_ranks, plan, str(tmp_path))
+    ours, weights = fit_ipu("bert", tmp_path, FOUR_STAGES)
     assert ours.losses == pytest.approx(torch.tensor([r[0] for r in results]).mean(0).tolist())
     close("bert", weights, results[0][1], 1e-4)
 
@@ -180,7 +179,7 @@ def on_ranks(plan, folder):
     warnings.simplefilter("ignore")
     module, examples = with_adamw("bert", UPDATES)
     strategy, losses = PipelineParallelStrategy(**plan), Losses()
-    trainer = plain_trainer(folder, losses, strategy=strategy, devices=4)
+    trainer = plain_trainer(folder, losses, strategy=strategy, devices=8)
     sampler = DistributedSampler(examples, 2, strategy.replica, shuffle=False)
     trainer.fit(module, DataLoader(examples, GLOBAL_BATCH // 2, sampler=sampler))
     return losses.losses, weights_of(module)
