@@ -95,7 +95,8 @@ class IPUStrategy(IPUStates):
             loss_scaling: Factor of the loss while gradients are computed; 1 where null.
             lamb: Train with LAMB, with the numbers of the module's AdamW.
             loader_mode: Whether batches are made ahead in a process of their own: sync, async or
-                async_rebatched.
+                async_rebatched. Data that draw random numbers there want num_workers of 1 or more
+                to repeat them.
             auto_round_num_ipus: Take more IPUs than are used where their number is no power of two.
             compile_only: Compile for the next run on Mk2 IPUs, without any, and end.
             edit_options: Is called with each `poptorch.Options`, and True for training's, before it
