@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Any, Callable, List, Optional, Sequence
 
 import torch
@@ -162,9 +163,10 @@ class IPUExecutor:
     def _make_room_for(self, graph: Optional[CompiledGraph]) -> None:
         """Let all other graphs give way, if there are too few IPUs for both."""
         for other in (self.training, self.inference):
-            if other is not None and other is not graph and not self._both_fit():
+            if other is not None and other is not graph and not self._both_fit:
                 other.detach()
 
+    @cached_property  # asking takes a while, and this is asked for each batch
     def _both_fit(self) -> bool:
         together = self.config.training.num_ipus + self.config.inference.num_ipus
         needed = 1 << (together - 1).bit_length()
@@ -195,6 +197,7 @@ class IPUExecutor:
         graph = CompiledGraph(self.config.training, poplar, count_examples(batch), layout)
         self._compile(graph, tensors_of(batch))
         self.training = graph
+        self._host_is_newer = False  # compiling has uploaded the weights
         self.optimizer.write_loaded_state()
         self._restore_rng_state(graph)
         return graph
