@@ -341,6 +341,8 @@ class IPUStrategy(IPUStates):
         assert self.lightning_module is not None
         more = self.updates_per_batch - 1
         if more:
+            # Once more: a training_step that takes a dataloader_iter has its batch only now.
+            log_as_last_update(self.lightning_module.trainer, self.updates_per_batch)
             add_updates(self.lightning_module.trainer, more)
             for scheduler in self._every_update * more:
                 scheduler.step()

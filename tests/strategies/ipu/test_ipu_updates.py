@@ -97,3 +97,19 @@ def test_the_length_of_a_schedule_counts_updates(tmp_path):
         trainer = ipu_trainer(tmp_path, strategy=strategy, max_epochs=2, max_steps=steps)
         trainer.fit(Asks(), loader(Sentences(4 * GLOBAL_BATCH)))
     assert seen == [8, 2]
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter", "ignore:.*infer the indices")
+def test_updates_of_a_step_that_draws_its_batch_are_logged_too(tmp_path):
+    class Draws(LanguageModel):
+        def training_step(self, dataloader_iter):
+            loss = self.run_loss(next(dataloader_iter)[0])
+            self.log("train/loss", loss, batch_size=1)
+            return loss
+
+    strategy = ipu_strategy(ipu_config={"device_iterations": 2})
+    logger = CSVLogger(tmp_path, "", "logs")
+    trainer = ipu_trainer(tmp_path, strategy=strategy, logger=logger, log_every_n_steps=2)
+    trainer.fit(Draws(), loader(Sentences(4 * GLOBAL_BATCH)))
+    rows = csv.DictReader((tmp_path / "logs" / "metrics.csv").read_text().splitlines())
+    assert [row["step"] for row in rows] == ["1", "3"]
