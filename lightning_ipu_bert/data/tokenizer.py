@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Mapping
 
 from transformers import AutoTokenizer
 
@@ -13,6 +14,8 @@ from lightning_ipu_bert.files import read_checkpoint
 
 CHECKPOINT_KEY = "tokenizer_files"
 """Where a checkpoint holds the files of its tokenizer: {name: text}."""
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+"""A file name without a folder, a drive or a hidden file's dot."""
 
 
 def load_tokenizer(name_or_path: str) -> Any:
@@ -62,15 +65,42 @@ def tokenizer_to_files(tokenizer: Any) -> Dict[str, str]:
     """Return the tokenizer as {file name: text}, to be kept in a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return {path.name: path.read_text("utf8") for path in sorted(Path(folder).iterdir())}
+        return {
+            path.name: path.read_text("utf8")
+            for path in sorted(Path(folder).iterdir())
+            if path.is_file()
+        }
 
 
-def tokenizer_from_files(files: Dict[str, str]) -> Any:
-    """Return the tokenizer that `tokenizer_to_files` took apart."""
+def tokenizer_from_files(files: Mapping[str, str]) -> Any:
+    """Return the tokenizer that `tokenizer_to_files` took apart.
+
+    Args:
+        files: Come from a checkpoint, which may come from anybody.
+
+    Raises:
+        UserError: If a name could lead out of the folder in which the files are written.
+    """
+    check_file_names(files)
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
             (Path(folder) / name).write_text(text, "utf8")
         return AutoTokenizer.from_pretrained(folder)
+
+
+def check_file_names(files: Mapping[str, str]) -> None:
+    """Check that all names are plain file names.
+
+    Raises:
+        UserError: If one is absolute, climbs, or names a folder.
+    """
+    for name, text in files.items():
+        if not (isinstance(name, str) and isinstance(text, str) and PLAIN_NAME.fullmatch(name)):
+            raise UserError(
+                f"The checkpoint names a tokenizer file {str(name)[:100]!r}, which must be a plain "
+                "file name with a text, e.g. tokenizer.json. Do not trust this checkpoint, or give "
+                "another tokenizer to its exported weights."
+            )
 
 
 def _from_checkpoint(path: str) -> Any:
