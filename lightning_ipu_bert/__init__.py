@@ -2,9 +2,9 @@
 
 from lightning_ipu_bert.data.squad import SquadDataModule
 from lightning_ipu_bert.errors import UserError
-from lightning_ipu_bert.model.question_answering import BertForQuestionAnsweringModule
-from lightning_ipu_bert.pipeline.interface import PipelineModule
-from lightning_ipu_bert.pipeline.ipu_config import IPUConfig
+from lightning_ipu_bert.models.question_answering import BertForQuestionAnsweringModule
+from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
+from lightning_ipu_bert.pipeline.protocol import PipelineModule
 from lightning_ipu_bert.strategies import (
     IPUAccelerator,
     IPUStrategy,

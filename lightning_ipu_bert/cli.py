@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from jsonargparse import ActionConfigFile, set_parsing_settings
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_ipu_bert._compat.lightning import PlainCLI
+from lightning_ipu_bert.checkpoint_file import ORIGIN_KEY, read_checkpoint
 from lightning_ipu_bert.commands import ask, export
 from lightning_ipu_bert.commands.parser import Parser, exit_with
 from lightning_ipu_bert.data.squad import SquadDataModule
 from lightning_ipu_bert.errors import UserError
-from lightning_ipu_bert.files import read_checkpoint
-from lightning_ipu_bert.model.predictions import PredictionWriter
-from lightning_ipu_bert.model.question_answering import ORIGIN_KEY, BertForQuestionAnsweringModule
+from lightning_ipu_bert.models.predictions import PredictionWriter
+from lightning_ipu_bert.models.question_answering import BertForQuestionAnsweringModule
 
 # Descriptions of dataclass fields stand below them, and belong into --help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -57,7 +57,7 @@ class ConfigFile(ActionConfigFile):
         super().__call__(parser, cfg, find_config(values), option_string)  # type: ignore[no-untyped-call]
 
 
-class QuestionAnsweringCLI(LightningCLI):
+class QuestionAnsweringCLI(PlainCLI):
     """`fit`, `validate`, `test` and `predict`."""
 
     def __init__(self, args: List[str]) -> None:
@@ -94,7 +94,7 @@ class QuestionAnsweringCLI(LightningCLI):
         options = self.config[self.config.subcommand]
         path = options.get("ckpt_path")
         if path and not LIGHTNINGS_OWN.match(str(path)):
-            defaults = self._parser(self.config.subcommand).get_defaults()
+            defaults = self.defaults_of(self.config.subcommand)
             follow_checkpoint(options, defaults, str(path))
         if options.data.tokenizer_name_or_path is None:
             options.data.tokenizer_name_or_path = options.model.model_name_or_path
@@ -106,12 +106,6 @@ class QuestionAnsweringCLI(LightningCLI):
         except (MisconfigurationException, ValueError) as error:
             raise UserError(str(error)) from error
         self.datamodule.read(self.subcommand)  # before the ranks of a pipeline are started
-
-    def _parse_ckpt_path(self) -> None:
-        """Do nothing: Lightning 2.6 lets the checkpoint win in silence (`follow_checkpoint`)."""
-
-    def _add_instantiators(self) -> None:
-        """Do nothing: our hyperparameters are plain, `load_from_checkpoint` needs no parser."""
 
 
 def follow_checkpoint(options: Any, defaults: Any, path: str) -> None:

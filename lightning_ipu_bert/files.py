@@ -1,40 +1,14 @@
-"""Files and folders that are whole or not there, and how checkpoints are read."""
+"""Atomic writes of files and folders."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator
+from typing import Callable, Iterator
 
-import torch
 from filelock import FileLock
-
-from lightning_ipu_bert.errors import UserError
-
-
-def read_checkpoint(path: str) -> Dict[str, Any]:
-    """Return the content of a checkpoint, on the CPU.
-
-    Raises:
-        UserError: If there is none, or it is no checkpoint of plain values.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"There is no checkpoint '{path}'. Check the path.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"'{path}' is no checkpoint of this package: {str(error).splitlines()[0]} "
-            "Give a .ckpt that fit has written."
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(
-            f"'{path}' holds no Lightning checkpoint. Give a .ckpt that fit has written."
-        )
-    return checkpoint
 
 
 @contextmanager

@@ -27,8 +27,8 @@ from transformers import AutoTokenizer
 from lightning_ipu_bert.data.answers import AnswerRules, Logits, Windows, decode
 from lightning_ipu_bert.data.feature_cache import cached_features, flat_column
 from lightning_ipu_bert.data.features import Windowing
+from lightning_ipu_bert.data.formats.records import Rules, read_files
 from lightning_ipu_bert.data.questions import QuestionSet
-from lightning_ipu_bert.data.readers import Rules, read_files
 
 
 def usual_loop(

@@ -60,7 +60,7 @@ def ours(file: str, tokenizer_path: str, cache: str) -> Any:
 
     from lightning_ipu_bert.data.feature_cache import cached_features
     from lightning_ipu_bert.data.features import Windowing
-    from lightning_ipu_bert.data.readers import Rules, read_files
+    from lightning_ipu_bert.data.formats.records import Rules, read_files
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     begin = time.perf_counter()

@@ -39,9 +39,9 @@ from transformers import (
 from lightning_ipu_bert.data.answers import AnswerRules, Windows, decode, join_logits
 from lightning_ipu_bert.data.feature_cache import cached_features
 from lightning_ipu_bert.data.features import Windowing
+from lightning_ipu_bert.data.formats.records import Rules, read_files
 from lightning_ipu_bert.data.loaders import Collator
-from lightning_ipu_bert.data.readers import Rules, read_files
-from lightning_ipu_bert.model.question_answering import BertForQuestionAnsweringModule
+from lightning_ipu_bert.models.question_answering import BertForQuestionAnsweringModule
 
 BATCH = 16
 MODEL_COLUMNS = ["input_ids", "token_type_ids", "start_positions", "end_positions"]

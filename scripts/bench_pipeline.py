@@ -43,7 +43,7 @@ from pipeline_sides import (
 )
 from ranks import run_ranks
 
-from lightning_ipu_bert.pipeline.schedule import (
+from lightning_ipu_bert.planner.timeline import (
     Durations,
     bubble_fraction,
     stash_depths,

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForQuestionAnswering
 
 from lightning_ipu_bert import BertForQuestionAnsweringModule, PipelineParallelStrategy
-from lightning_ipu_bert.model.optimizer import decay_groups
+from lightning_ipu_bert.training.optimizer import decay_groups
 
 LENGTH, MICRO_BATCHES = 384, 16
 MINILM: Dict[str, Any] = {
@@ -144,7 +144,7 @@ def fit(
     with tempfile.TemporaryDirectory() as folder:
         recipe: Dict[str, Any] = {
             "accelerator": "cpu",
-            "devices": strategy.config.world_size if strategy else 1,
+            "devices": strategy.config.shape.num_devices if strategy else 1,
             "strategy": strategy or "auto",
             "max_epochs": 1,
             "logger": False,

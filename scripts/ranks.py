@@ -45,6 +45,8 @@ def _rank(
         answers.put((rank, True, pickle.dumps(function(*args))))
     except BaseException:
         answers.put((rank, False, traceback.format_exc()))
+        answers.close()
+        answers.join_thread()  # or the answer would be lost with this process
         os._exit(1)
 
 

@@ -5,7 +5,7 @@ import shlex
 import lightning.pytorch as pl
 import pytest
 
-from lightning_ipu_bert._compat import has_pipelining
+from lightning_ipu_bert._compat.torch import has_pipelining
 
 needs_pipelining = pytest.mark.skipif(
     not has_pipelining(), reason="runs a pipeline, which the SDK's torch 2.0 cannot"

@@ -8,7 +8,7 @@ import yaml
 from score_predictions import score
 
 from lightning_ipu_bert.cli import find_config, main, shipped_configs
-from lightning_ipu_bert.strategies.launcher import ScriptLauncher
+from lightning_ipu_bert.strategies.distributed.launch.launcher import ScriptLauncher
 
 CONFIGS = sorted(shipped_configs().glob("*.yaml"))
 TINY_MODEL = [

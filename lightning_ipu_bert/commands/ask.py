@@ -17,7 +17,7 @@ from lightning_ipu_bert.data.features import check_windowing
 from lightning_ipu_bert.data.loaders import Collator
 from lightning_ipu_bert.data.questions import Question, QuestionSet
 from lightning_ipu_bert.errors import UserError
-from lightning_ipu_bert.model.stages import NETWORK_INPUTS
+from lightning_ipu_bert.models.bert import NETWORK_INPUTS
 
 WINDOWS_PER_BATCH = 16
 MARGIN = 200

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from lightning_ipu_bert.commands.loading import TrainedModel, load_trained
 from lightning_ipu_bert.commands.parser import command_parser
 from lightning_ipu_bert.errors import UserError
-from lightning_ipu_bert.strategies.ipu.config_file import save_ipu_config
+from lightning_ipu_bert.pipeline.ipu.file import save_ipu_config
 
 METRICS = {"exact_match": "Exact match", "f1": "F1"}
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Optional
 
+from lightning_ipu_bert.checkpoint_file import IPU_KEY, read_checkpoint
 from lightning_ipu_bert.data.answers import AnswerRules
 from lightning_ipu_bert.data.features import Windowing
 from lightning_ipu_bert.data.tokenizer import load_tokenizer
 from lightning_ipu_bert.errors import UserError
-from lightning_ipu_bert.files import read_checkpoint
-from lightning_ipu_bert.model.question_answering import BertForQuestionAnsweringModule
-from lightning_ipu_bert.pipeline.ipu_config import IPUConfig
-from lightning_ipu_bert.pipeline.ipu_rules import CHECKPOINT_KEY
+from lightning_ipu_bert.models.question_answering import BertForQuestionAnsweringModule
+from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 
 
 class TrainedModel(NamedTuple):
@@ -64,6 +63,6 @@ def _from_checkpoint(path: str) -> TrainedModel:
     settings = module.data_settings
     rules = AnswerRules(**{k: settings[k] for k in AnswerRules._fields if k in settings})
     windowing = Windowing(**{k: settings[k] for k in Windowing._fields if k in settings})
-    on_ipus = checkpoint.get(CHECKPOINT_KEY)
+    on_ipus = checkpoint.get(IPU_KEY)
     ipu_config = IPUConfig.from_dict(on_ipus["config"]) if on_ipus else None
     return TrainedModel(module.eval(), module.tokenizer, windowing, rules, ipu_config)

@@ -15,13 +15,14 @@ from lightning_ipu_bert.data import quickstart
 from lightning_ipu_bert.data.answers import AnswerRules, Answers, Windows, decode, join_logits
 from lightning_ipu_bert.data.feature_cache import cached_features, default_cache_dir
 from lightning_ipu_bert.data.features import Windowing, check_windowing
+from lightning_ipu_bert.data.formats.records import Rules, read_files, read_hub
 from lightning_ipu_bert.data.loaders import Collator, ResumableDataLoader, TrainingSampler
 from lightning_ipu_bert.data.metrics import squad_scores
 from lightning_ipu_bert.data.questions import QuestionSet
-from lightning_ipu_bert.data.readers import Rules, read_files, read_hub
 from lightning_ipu_bert.data.tokenizer import load_tokenizer
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.files import built_once
+from lightning_ipu_bert.pipeline.facts import facts_of
 
 Files = Union[str, List[str], None]
 
@@ -256,8 +257,7 @@ class SquadDataModule(pl.LightningDataModule):
     @property
     def _micro_batches(self) -> int:
         """Micro-batches in a batch: above 1 under strategies that accumulate by themselves."""
-        strategy = self.trainer.strategy if self.trainer else None
-        return int(getattr(strategy, "gradient_accumulation_steps", 1))
+        return facts_of(self.trainer).micro_batches_per_batch
 
     @property
     def _cache_dir(self) -> Path:
@@ -295,8 +295,7 @@ class SquadDataModule(pl.LightningDataModule):
         )
 
     def _loader(self, features: Any, batch_size: int, sampler: Any = None) -> ResumableDataLoader:
-        strategy = self.trainer.strategy if self.trainer else None
-        fixed = self.hparams["pad_to_max_length"] or getattr(strategy, "static_shapes", False)
+        fixed = self.hparams["pad_to_max_length"] or facts_of(self.trainer).static_shapes
         length = self.windowing.max_length if fixed else None
         return ResumableDataLoader(
             features,

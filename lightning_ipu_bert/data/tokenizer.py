@@ -9,11 +9,9 @@ from typing import Any, Dict, Mapping
 
 from transformers import AutoTokenizer
 
+from lightning_ipu_bert.checkpoint_file import TOKENIZER_KEY, read_checkpoint
 from lightning_ipu_bert.errors import UserError
-from lightning_ipu_bert.files import read_checkpoint
 
-CHECKPOINT_KEY = "tokenizer_files"
-"""Where a checkpoint holds the files of its tokenizer: {name: text}."""
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 """A file name without a folder, a drive or a hidden file's dot."""
 
@@ -105,8 +103,8 @@ def check_file_names(files: Mapping[str, str]) -> None:
 
 def _from_checkpoint(path: str) -> Any:
     checkpoint = read_checkpoint(path)
-    if not checkpoint.get(CHECKPOINT_KEY):
+    if not checkpoint.get(TOKENIZER_KEY):
         raise UserError(
             f"Checkpoint '{path}' holds no tokenizer. Give one with --data.tokenizer_name_or_path."
         )
-    return tokenizer_from_files(checkpoint[CHECKPOINT_KEY])
+    return tokenizer_from_files(checkpoint[TOKENIZER_KEY])

@@ -1,19 +1,20 @@
-"""The batch algebra: what one weight update consists of."""
+"""The batch algebra: what one weight update, and one call of a program, consist of."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Tuple
+from typing import Iterator, Tuple
 
-from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.pipeline.rules import Violation, enforce
 
 
 @dataclass(frozen=True)
-class BatchPlan:
-    """Sizes of batches, in examples unless said otherwise."""
+class BatchAlgebra:
+    """How many micro-batches make an update, and how many updates a call.
 
-    micro_batch_size: int
-    """What a stage processes at a time."""
+    micro-batch x gradient_accumulation_steps x replication_factor = global batch = one update.
+    """
+
     gradient_accumulation_steps: int = 1
     """Micro-batches of a replica between two weight updates."""
     replication_factor: int = 1
@@ -22,36 +23,45 @@ class BatchPlan:
     """Weight updates of one call from the host; above 1 only on IPUs."""
 
     @property
-    def replica_batch_size(self) -> int:
-        """Examples of one replica in a weight update: what a loader yields."""
-        return self.micro_batch_size * self.gradient_accumulation_steps
+    def micro_batches_per_call(self) -> int:
+        """Micro-batches that one call from the host works through, over all replicas."""
+        return self.device_iterations * self.gradient_accumulation_steps * self.replication_factor
 
-    @property
-    def global_batch_size(self) -> int:
-        """Examples in a weight update, over all replicas."""
-        return self.replica_batch_size * self.replication_factor
+    def replica_batch_size(self, micro_batch_size: int) -> int:
+        """Return the examples of one replica in a weight update: what a loader yields."""
+        return micro_batch_size * self.gradient_accumulation_steps
 
-    @property
-    def host_batch_size(self) -> int:
-        """Examples in one call from the host."""
-        return self.global_batch_size * self.device_iterations
+    def global_batch_size(self, micro_batch_size: int) -> int:
+        """Return the examples in a weight update, over all replicas."""
+        return self.replica_batch_size(micro_batch_size) * self.replication_factor
+
+    def host_batch_size(self, micro_batch_size: int) -> int:
+        """Return the examples in one call from the host."""
+        return self.global_batch_size(micro_batch_size) * self.device_iterations
+
+
+def batch_size_rule(batch_size: int, gradient_accumulation_steps: int) -> Iterator[Violation]:
+    """A loader's batch divides into equal micro-batches."""
+    size, rest = divmod(batch_size, gradient_accumulation_steps)
+    if rest or not size:
+        yield Violation(
+            "batch_size",
+            batch_size,
+            f"must be divisible by gradient_accumulation_steps={gradient_accumulation_steps}, the "
+            "micro-batches of a batch",
+            f"Use a multiple of {gradient_accumulation_steps}, "
+            f"e.g. batch_size={(size + 1) * gradient_accumulation_steps}.",
+        )
 
 
 def micro_batch_size_of(batch_size: int, gradient_accumulation_steps: int) -> int:
-    """Return the micro-batch of a loader that yields `batch_size` examples.
+    """Return the micro-batch size of a loader that yields `batch_size` examples.
 
     Raises:
-        UserError: If the micro-batches do not divide the batch.
+        UserError: If the batch is not divisible.
     """
-    size, rest = divmod(batch_size, gradient_accumulation_steps)
-    if rest or not size:
-        above = (size + 1) * gradient_accumulation_steps
-        raise UserError(
-            f"batch_size={batch_size} does not part into gradient_accumulation_steps="
-            f"{gradient_accumulation_steps} equal micro-batches. Use a multiple of "
-            f"{gradient_accumulation_steps}, e.g. batch_size={above}."
-        )
-    return size
+    enforce(batch_size_rule(batch_size, gradient_accumulation_steps))
+    return batch_size // gradient_accumulation_steps
 
 
 def equal_micro_batches(examples: int, micro_batch_size: int) -> Tuple[int, int]:

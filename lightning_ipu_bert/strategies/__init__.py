@@ -3,11 +3,14 @@
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_ipu_bert.strategies.distributed.strategy import PipelineParallelStrategy
 from lightning_ipu_bert.strategies.ipu.accelerator import IPUAccelerator
 from lightning_ipu_bert.strategies.ipu.strategy import IPUStrategy
-from lightning_ipu_bert.strategies.pipeline_parallel import PipelineParallelStrategy
 
 __all__ = ["IPUAccelerator", "IPUStrategy", "PipelineParallelStrategy", "register_strategies"]
+
+
+IPU_NAME = "ipu_pipeline"
 
 
 def register_strategies() -> None:
@@ -20,10 +23,8 @@ def register_strategies() -> None:
                 description=f"pipeline stages and replicas, ranks started by {start_method}",
                 start_method=start_method,
             )
-    if IPUStrategy.strategy_name not in StrategyRegistry:
-        StrategyRegistry.register(
-            IPUStrategy.strategy_name, IPUStrategy, description="stages and replicas on IPUs"
-        )
+    if IPU_NAME not in StrategyRegistry:
+        StrategyRegistry.register(IPU_NAME, IPUStrategy, description="stages and replicas on IPUs")
     if IPUAccelerator.name() not in AcceleratorRegistry:
         AcceleratorRegistry.register(
             IPUAccelerator.name(), IPUAccelerator, description="Graphcore IPUs, by PopTorch"

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 from lightning_ipu_bert.data.answers import AnswerRules, Logits, Windows, decode, join_logits
 from lightning_ipu_bert.data.feature_cache import build_dataset
 from lightning_ipu_bert.data.features import Windowing
+from lightning_ipu_bert.data.formats.records import Rules, read_files
 from lightning_ipu_bert.data.questions import Question, QuestionSet
-from lightning_ipu_bert.data.readers import Rules, read_files
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from bench_answers import imitated_logits, passage_logits, usual_loop, with_offset_mapping

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 from lightning_ipu_bert.data import feature_cache
 from lightning_ipu_bert.data.feature_cache import cache_key, cached_features
 from lightning_ipu_bert.data.features import Windowing
+from lightning_ipu_bert.data.formats.records import Rules, read_files
 from lightning_ipu_bert.data.questions import Answer, Question, QuestionSet
-from lightning_ipu_bert.data.readers import Rules, read_files
 
 WINDOWING = Windowing(64, 16)
 

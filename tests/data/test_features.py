@@ -13,8 +13,8 @@ from lightning_ipu_bert.data.features import (
     check_windowing,
     smallest_spans,
 )
+from lightning_ipu_bert.data.formats.records import Rules, read_files
 from lightning_ipu_bert.data.questions import Answer, Question, QuestionSet
-from lightning_ipu_bert.data.readers import Rules, read_files
 
 
 def usual_features(tokenizer, question_set, windowing):

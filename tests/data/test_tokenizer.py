@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ipu_bert import UserError
+from lightning_ipu_bert.checkpoint_file import TOKENIZER_KEY
 from lightning_ipu_bert.cli import main
 from lightning_ipu_bert.data.tokenizer import (
-    CHECKPOINT_KEY,
     PLAIN_NAME,
     check_file_names,
     load_tokenizer,
@@ -51,7 +51,7 @@ def planted(make_module, make_data, files, tmp_path):
             "hyper_parameters": dict(module.hparams),
             "datamodule_hyper_parameters": dict(data.hparams),
             "pytorch-lightning_version": "2.6.0",
-            CHECKPOINT_KEY: {**files, name: "planted"},
+            TOKENIZER_KEY: {**files, name: "planted"},
         }
         torch.save(checkpoint, tmp_path / "planted.ckpt")
         return tmp_path / "planted.ckpt"

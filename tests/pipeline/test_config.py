@@ -4,11 +4,12 @@ from hypothesis import strategies as st
 
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.batches import (
-    BatchPlan,
+    BatchAlgebra,
     equal_micro_batches,
     micro_batch_size_of,
 )
 from lightning_ipu_bert.pipeline.config import PipelineConfig
+from lightning_ipu_bert.pipeline.rules import enforce
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,10 @@ from lightning_ipu_bert.pipeline.config import PipelineConfig
         ({"layers_per_stage": [3, -2]}, ["layers_per_stage=[3, -2]"]),
         ({"replication_factor": 0}, ["replication_factor=0", "at least 1"]),
         ({"gradient_accumulation_steps": 2.5}, ["gradient_accumulation_steps=2.5"]),
-        ({"stages_per_rank": 3}, ["stages_per_rank=3", "does not divide the 4 stages"]),
+        (
+            {"stages_per_rank": 3, "schedule": "zero_bubble"},
+            ["stages_per_rank=3", "must divide the 4 stages"],
+        ),
         ({"schedule": "1b1f"}, ["'1b1f' is unknown", "'1f1b'"]),
         ({"schedule": "gpip"}, ["Did you mean 'gpipe'"]),
         ({"schedule": "interleaved_1f1b"}, ["stages_per_rank=1", "2 or more"]),
@@ -26,16 +30,64 @@ from lightning_ipu_bert.pipeline.config import PipelineConfig
         ({"gradient_accumulation_steps": 3}, ["=3 is too few", "on 4 stages", "4 or more"]),
         (
             {"schedule": "zero_bubble", "gradient_accumulation_steps": 9},
-            ["=9 does not part into 2 equal rounds", "12"],
+            ["=9 must be divisible by 2, the rounds", "12"],
         ),
     ],
 )
 def test_rules_are_told_in_one_line(values, parts):
     fitting = {"layers_per_stage": [3, 7, 7, 7], "gradient_accumulation_steps": 8}
+    config = PipelineConfig(**{**fitting, **values})
+    broken = [str(violation) for violation in violations(config)]
+    assert all(part in broken[0] for part in parts), broken
+    assert "\n" not in broken[0]
     with pytest.raises(UserError) as error:
-        PipelineConfig(**{**fitting, **values})
-    assert all(part in str(error.value) for part in parts), str(error.value)
-    assert "\n" not in str(error.value)
+        enforce(violations(config))
+    assert str(error.value) == broken[0]
+
+
+def violations(config):
+    """All of them; rules of values together count once single values are right."""
+    broken = list(config.value_rules())
+    return broken or [*config.shape_rules(), *config.training_rules()]
+
+
+def test_all_violations_are_told_at_once():
+    config = PipelineConfig([3, -2], 0, True, stages_per_rank=0.5, schedule="nothing")
+    broken = [violation.field for violation in config.value_rules()]
+    assert broken == [
+        "layers_per_stage",
+        "replication_factor",
+        "stages_per_rank",
+        "gradient_accumulation_steps",
+        "schedule",
+    ]
+
+
+def test_training_rules_are_no_rules_of_evaluation():
+    config = PipelineConfig([3, 3], gradient_accumulation_steps=1)
+    assert not [*config.value_rules(), *config.shape_rules()]
+    (violation,) = config.training_rules()
+    assert violation.field == "gradient_accumulation_steps"
+
+
+def test_devices_fit_stages_and_replicas():
+    config = PipelineConfig([3, 3], 2)
+    assert not list(config.device_rules(4))
+    assert not list(config.device_rules(2, num_nodes=2))
+    (violation,) = config.device_rules(3)
+    assert "Set devices to 4, or" in str(violation)
+    (violation,) = config.device_rules(3, num_nodes=2)
+    assert "devices=3 x num_nodes=2 must be 4" in str(violation)
+    assert "Set devices to 4 in all" in str(violation)
+
+
+@given(st.integers(1, 9), st.integers(1, 4))
+def test_without_stages_every_device_has_one(devices, replicas):
+    config = PipelineConfig(replication_factor=replicas).for_devices(devices * replicas)
+    assert config.layers_per_stage == [-1] * devices
+    assert config.gradient_accumulation_steps == devices
+    assert config.shape.num_devices == devices * replicas
+    assert not [*config.value_rules(), *config.shape_rules(), *config.training_rules()]
 
 
 def test_ranks_and_stages():
@@ -46,13 +98,8 @@ def test_ranks_and_stages():
         stages_per_rank=2,
         schedule="interleaved_1f1b",
     )
-    assert (config.num_stages, config.ranks_per_replica, config.world_size) == (4, 2, 4)
-    assert [config.stages_of(position) for position in range(2)] == [[0, 2], [1, 3]]
-
-
-def test_sharding_needs_replicas():
-    assert not PipelineConfig([6], replicated_tensor_sharding=True).shards_optimizer
-    assert PipelineConfig([6], 2, replicated_tensor_sharding=True).shards_optimizer
+    shape = config.shape
+    assert (shape.num_stages, shape.ranks_per_replica, shape.num_devices) == (4, 2, 4)
 
 
 sizes = st.integers(1, 64)
@@ -60,15 +107,16 @@ sizes = st.integers(1, 64)
 
 @given(sizes, sizes, sizes, sizes)
 def test_batch_algebra(micro, steps, replicas, iterations):
-    plan = BatchPlan(micro, steps, replicas, iterations)
-    assert plan.global_batch_size == micro * steps * replicas
-    assert plan.host_batch_size == plan.global_batch_size * iterations
-    assert micro_batch_size_of(plan.replica_batch_size, steps) == micro
+    batches = BatchAlgebra(steps, replicas, iterations)
+    assert batches.global_batch_size(micro) == micro * steps * replicas
+    assert batches.host_batch_size(micro) == micro * steps * replicas * iterations
+    assert batches.host_batch_size(micro) == micro * batches.micro_batches_per_call
+    assert micro_batch_size_of(batches.replica_batch_size(micro), steps) == micro
 
 
 def test_a_batch_that_micro_batches_do_not_divide():
     with pytest.raises(
-        UserError, match=r"batch_size=10 does not part into .*=4 .* batch_size=12\."
+        UserError, match=r"batch_size=10 must be divisible by .*=4, .* batch_size=12\."
     ):
         micro_batch_size_of(10, 4)
     with pytest.raises(UserError, match="batch_size=4"):

@@ -17,7 +17,7 @@ from language_model import LanguageModel, Sentences
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ipu_bert import PipelineParallelStrategy
-from lightning_ipu_bert.model.checkpoint import AtomicCheckpointIO
+from lightning_ipu_bert.training.checkpoint_io import AtomicCheckpointIO
 
 HARM_STEP = 4
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Union
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 from lightning.pytorch import Trainer
@@ -31,12 +31,9 @@ class IPUAccelerator(Accelerator):
         """Refuse other strategies.
 
         Raises:
-            UserError: If the strategy is not `IPUStrategy`.
+            UserError: Always: `IPUStrategy` does not call it.
         """
-        if not isinstance(trainer.strategy.accelerator, IPUAccelerator) or not hasattr(
-            trainer.strategy, "ipu_config"
-        ):
-            raise UserError(ONLY_OURS.format(strategy=type(trainer.strategy).__name__))
+        raise UserError(ONLY_OURS.format(strategy=type(trainer.strategy).__name__))
 
     def get_device_stats(self, device: Union[torch.device, str, int]) -> Dict[str, Any]:
         """Return nothing: PopTorch measures no use of memory or time while it runs."""
@@ -89,3 +86,16 @@ class IPUAccelerator(Accelerator):
     def name() -> str:
         """Return the name for `Trainer(accelerator=...)`."""
         return "ipu"
+
+
+def expand(devices: Optional[List[torch.device]], needed: int) -> Optional[List[torch.device]]:
+    """Return all IPUs for the one that `get_parallel_devices` has named.
+
+    Args:
+        devices: What the Trainer has chosen: the last IPU, all of them, or devices of another kind.
+        needed: How many the plan needs, where the Trainer was not told a number.
+    """
+    if not devices:
+        return None
+    named = devices[-1].index if devices[0].type == "ipu" else None
+    return [torch.device("ipu", i) for i in range(needed if named is None else named + 1)]

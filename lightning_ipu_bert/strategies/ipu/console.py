@@ -2,46 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from shlex import quote
-from typing import Any, Iterator, Mapping
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
-from lightning_ipu_bert.pipeline.config import PipelineConfig
-from lightning_ipu_bert.pipeline.ipu_config import IPUConfig
-from lightning_ipu_bert.pipeline.partition import device_allocation, partition
+from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
+from lightning_ipu_bert.pipeline.ipu.fields import SPELLINGS, WITHOUT_EFFECT, select
+from lightning_ipu_bert.pipeline.plan import Plan
 
 
-def plan_lines(config: IPUConfig, module: Any, overridden: Mapping[str, Any]) -> Iterator[str]:
-    """Return what is taken over, what is not, and where the blocks lie.
+def plan_lines(config: IPUConfig, plan: Plan, overridden: Mapping[str, Any]) -> Iterator[str]:
+    """Return what is taken over, what is not, and where the blocks are placed.
 
     Args:
-        config: How the module runs.
-        module: The `PipelineModule`.
+        config: What the user wrote.
+        plan: What the run follows.
         overridden: Values that took the place of an IPU config's, by name.
     """
     for name, value in overridden.items():
         yield f"Overriding IPU config: {name}={value}"
-    for field, reason in config.ignored():
+    for field, reason in ignored_fields(config):
         yield f"IPU config: {field} has no effect: {reason}."
-    if config.replicated_tensor_sharding and not config.shards_optimizer:
-        yield (
-            "replicated_tensor_sharding is off: with replication_factor=1 there is no other "
-            "replica to share the optimizer's state with."
-        )
-    stages = partition(list(module.pipeline_blocks()), config.training.layers_per_ipu)
-    yield device_allocation(stages, module.block_labels)
+    yield from plan.lines()
 
 
-def flags_without_ipus(plan: PipelineConfig, given: Mapping[str, Any]) -> str:
-    """Return the flags that run a plan on a pipeline of ranks, beside its class_path.
+def overridden_fields(
+    given: Mapping[str, Any], values: Mapping[str, Any], pod_type: Optional[str]
+) -> Dict[str, Any]:
+    """Return the given values that differ from those of an IPU config."""
+    written = select(values, vars(IPUConfig()), pod_type)
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not None and written.get(SPELLINGS.get(name, name), value) != value
+    }
 
-    Args:
-        plan: The plan.
-        given: What of it the strategy was given by name, which stays where the class changes.
-    """
-    flags = [f"--trainer.devices {plan.world_size}"]
-    for field in fields(PipelineConfig):
-        value = getattr(plan, field.name)
-        if given.get(field.name) is None and value != field.default:
-            flags.append(f"--trainer.strategy.init_args.{field.name} {quote(str(value))}")
-    return " ".join(flags)
+
+def ignored_fields(config: IPUConfig) -> Iterator[Tuple[str, str]]:
+    """Return the fields that are set and have no effect, each with the reason."""
+    defaults = vars(IPUConfig())
+    for name, reason in WITHOUT_EFFECT.items():
+        value = vars(config)[name]
+        if value != defaults[name] and repr(value) != "1":  # one part is no part
+            yield f"{name}={value!r}", reason

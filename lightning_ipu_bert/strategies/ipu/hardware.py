@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from lightning_ipu_bert.errors import UserError
-from lightning_ipu_bert.pipeline.ipu_config import IPUConfig
+from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 from lightning_ipu_bert.strategies.ipu.sdk import import_popdist, import_poptorch
 
 VERSIONS = {2: "Mk2", 21: "C600"}
@@ -57,9 +57,9 @@ def check_poprun(config: IPUConfig) -> None:
         return
     replicas = popdist.getNumLocalReplicas()
     for name in ("replication_factor", "inference_replication_factor"):
-        if getattr(config, name) != replicas:
+        if vars(config)[name] != replicas:
             raise UserError(
-                f"{name}={getattr(config, name)}, and poprun gives each process {replicas} "
+                f"{name}={vars(config)[name]}, and poprun gives each process {replicas} "
                 f"replicas. Set it to {replicas}, or give poprun other --num-replicas or "
                 "--num-instances."
             )

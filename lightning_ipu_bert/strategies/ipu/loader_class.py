@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from lightning_ipu_bert.strategies.batch_trees import map_tree
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
 KEPT = (
@@ -25,7 +26,7 @@ KEPT = (
 """What is taken over from a user's loader as it is."""
 
 
-class InARow(Sampler):  # type: ignore[type-arg]  # not generic in torch 2.0
+class FlattenedBatchSampler(Sampler):  # type: ignore[type-arg]  # not generic in torch 2.0
     """The examples of a batch sampler's batches, one after the other."""
 
     def __init__(self, batches: Iterable[Sequence[int]], batch_size: int) -> None:
@@ -103,7 +104,7 @@ def _loader_class(kind: Any) -> Any:
                 for batch in loader:
                     # The memory is shared and used again, but Lightning holds a batch while it
                     # fetches the next.
-                    yield torch.utils._pytree.tree_map(_copy, batch)
+                    yield map_tree(batch, _copy)
             finally:
                 loader.terminate()
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Dict, Literal, Optional
 
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from lightning_ipu_bert._compat.lightning import note_indices, unwrapped_batch_sampler
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.batches import micro_batch_size_of
-from lightning_ipu_bert.pipeline.ipu_config import Graph
-from lightning_ipu_bert.pipeline.ipu_rules import check_enough_data
-from lightning_ipu_bert.strategies.ipu.loader_class import InARow, loader_like
+from lightning_ipu_bert.pipeline.ipu.program import ProgramConfig, enough_data_rule
+from lightning_ipu_bert.pipeline.rules import enforce
+from lightning_ipu_bert.strategies.ipu.loader_class import FlattenedBatchSampler, loader_like
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
 LoaderMode = Literal["sync", "async", "async_rebatched"]
@@ -21,7 +21,7 @@ MODES = {"sync": "Sync", "async": "Async", "async_rebatched": "AsyncRebatched"}
 
 
 def ipu_loader(
-    loader: Any, options: Any, graph: Graph, accumulation: int, mode: LoaderMode = "sync"
+    loader: Any, options: Any, program: ProgramConfig, accumulation: int, mode: LoaderMode = "sync"
 ) -> Any:
     """Return a loader whose batches are what one call of the IPUs takes.
 
@@ -29,8 +29,8 @@ def ipu_loader(
         loader: The user's. Its batch holds the micro-batches of a weight update of one replica; a
             batch sampler of the user's own gives micro-batches. A `poptorch.DataLoader`, or what is
             no DataLoader, is returned as it is.
-        options: `poptorch.Options` of the graph that will take the batches.
-        graph: Training, which drops what does not fill a call, or inference, which keeps it.
+        options: `poptorch.Options` of the program that will take the batches.
+        program: Training, which drops what does not fill a call, or inference, which keeps it.
         accumulation: Micro-batches in a batch of the user's loader.
         mode: Whether batches are made ahead, in a process of their own.
 
@@ -43,34 +43,29 @@ def ipu_loader(
         return loader
     if loader.batch_sampler is None:
         return loader  # its data set gives whole batches
-    batches = _batch_arguments(loader, graph, accumulation)
+    batches = _batch_arguments(loader, program, accumulation)
     examples = _count(batches.get("sampler"))
-    if graph.training and examples is not None:
-        check_enough_data(examples, batches["batch_size"], graph)
-        _say_what_is_dropped(examples, batches["batch_size"] * graph.micro_batches_per_call)
+    if program.training and examples is not None:
+        enforce(enough_data_rule(examples, batches["batch_size"], program))
+        _say_what_is_dropped(examples, program.shape.batches.host_batch_size(batches["batch_size"]))
     result = loader_like(
         loader,
         options=options,
-        drop_last=graph.training,
-        mode=getattr(poptorch.DataLoaderMode, MODES[mode]),
+        drop_last=program.training,
+        mode=poptorch.DataLoaderMode[MODES[mode]],
         **batches,
     )
-    if isinstance(loader.batch_sampler, _IndexBatchSamplerWrapper):
-        # `predict` wants to know which examples stood in which batch; torch guards the attribute.
-        wrapper = _IndexBatchSamplerWrapper(result.batch_sampler)
-        object.__setattr__(result, "batch_sampler", wrapper)
+    note_indices(result, like=loader)
     return result
 
 
-def _batch_arguments(loader: Any, graph: Graph, accumulation: int) -> Dict[str, Any]:
+def _batch_arguments(loader: Any, program: ProgramConfig, accumulation: int) -> Dict[str, Any]:
     """Return what decides which examples stand in which micro-batch."""
     if isinstance(loader.dataset, IterableDataset):
-        return {"batch_size": _micro_batch_size(loader.batch_size, graph, accumulation)}
-    batches = loader.batch_sampler
-    if isinstance(batches, _IndexBatchSamplerWrapper):  # Lightning's, around any, for `predict`
-        batches = batches._batch_sampler
+        return {"batch_size": _micro_batch_size(loader.batch_size, program, accumulation)}
+    batches = unwrapped_batch_sampler(loader.batch_sampler)
     if type(batches) is BatchSampler:
-        micro_batch_size = _micro_batch_size(batches.batch_size, graph, accumulation)
+        micro_batch_size = _micro_batch_size(batches.batch_size, program, accumulation)
         return {"batch_size": micro_batch_size, "sampler": batches.sampler}
     size = getattr(batches, "batch_size", None)
     if not isinstance(size, int):
@@ -79,7 +74,7 @@ def _batch_arguments(loader: Any, graph: Graph, accumulation: int) -> Dict[str, 
             "IPUs take micro-batches of one size. Give it the attribute batch_size, the examples "
             "of each of its batches, or use a sampler."
         )
-    return {"batch_size": size, "sampler": InARow(batches, size)}
+    return {"batch_size": size, "sampler": FlattenedBatchSampler(batches, size)}
 
 
 def _count(sampler: Any) -> Optional[int]:
@@ -90,8 +85,8 @@ def _count(sampler: Any) -> Optional[int]:
         return None
 
 
-def _micro_batch_size(batch_size: int, graph: Graph, accumulation: int) -> int:
-    if graph.training:
+def _micro_batch_size(batch_size: int, program: ProgramConfig, accumulation: int) -> int:
+    if program.training:
         return micro_batch_size_of(batch_size, accumulation)
     return -(-batch_size // accumulation)  # an evaluation may be cut as it fits
 

@@ -1,14 +1,70 @@
 """One call of the IPUs may be several weight updates; Lightning counts calls.
 
 With `device_iterations` D a call is D updates: `global_step`, what is logged under it, and learning
-rate schedules go on by D. The learning rate of a call is that of its first update.
+rate schedules advance by D. The learning rate of a call is that of its first update.
 """
 
 from __future__ import annotations
 
 from typing import Any, List, Sequence
 
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_ipu_bert._compat.lightning import log_at_last_update
 from lightning_ipu_bert.errors import UserError
+
+
+class UpdatesOfACall(Callback):
+    """Counts the updates of every call; the strategy puts it before all other callbacks."""
+
+    def __init__(self, updates_per_call: int) -> None:
+        """Count nothing yet.
+
+        Args:
+            updates_per_call: `device_iterations`.
+        """
+        self.schedulers: List[Any] = []
+        """Learning rate schedulers that step with every update."""
+        self._updates = updates_per_call
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Say how many updates there will be."""
+        if trainer.estimated_stepping_batches != float("inf"):
+            rank_zero_info(f"Total optimization steps: {pl_module.estimated_updates():,}")
+        if self._updates > 1:
+            rank_zero_info(
+                f"device_iterations={self._updates}: a batch is so many updates. Where a schedule "
+                "needs its length, use self.estimated_updates(), and not "
+                "trainer.estimated_stepping_batches, which counts batches."
+            )
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what belongs to the batch at its last update."""
+        log_at_last_update(trainer, self._updates)
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Count the updates after the first, which Lightning counts itself."""
+        more = self._updates - 1
+        step = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+        for progress in (step.total, step.current):
+            progress.ready += more
+            progress.completed += more
+        for scheduler in self.schedulers * more:
+            scheduler.step()
 
 
 def schedules_of_every_update(schedules: Sequence[Any], updates_per_batch: int) -> List[Any]:
@@ -31,26 +87,8 @@ def schedules_of_every_update(schedules: Sequence[Any], updates_per_batch: int) 
         calls, rest = divmod(schedule.frequency, updates_per_batch)
         if rest:
             raise UserError(
-                f"A learning rate schedule has frequency={schedule.frequency} updates, which "
-                f"device_iterations={updates_per_batch} does not divide. Use 1 or a multiple of it."
+                f"A learning rate schedule has frequency={schedule.frequency} updates, which must "
+                f"be divisible by device_iterations={updates_per_batch}. Use 1 or a multiple of it."
             )
         schedule.frequency = calls
     return every_update
-
-
-def log_as_last_update(trainer: Any, updates_per_batch: int) -> None:
-    """Let what is logged about a batch stand at the last of its updates, counted from 0.
-
-    Called before the first hook of a batch: callbacks decide there whether they log. Lightning adds
-    1 at the end of the batch.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    loop._batches_that_stepped += -(loop._batches_that_stepped + 1) % updates_per_batch
-
-
-def add_updates(trainer: Any, more: int) -> None:
-    """Count the updates of a call behind its first, which Lightning counts itself."""
-    step = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
-    for progress in (step.total, step.current):
-        progress.ready += more
-        progress.completed += more

@@ -13,8 +13,12 @@ from models import make_model
 from torch import nn
 
 from lightning_ipu_bert import UserError
-from lightning_ipu_bert.pipeline.partition import partition
-from lightning_ipu_bert.strategies.ipu.annotations import annotated, lookup_in_parts, serialized
+from lightning_ipu_bert.pipeline.plan import partition
+from lightning_ipu_bert.strategies.ipu.program.annotations import (
+    annotated,
+    lookup_in_parts,
+    serialized,
+)
 
 
 class Graphs(pl.Callback):

@@ -25,7 +25,7 @@ from models import GLOBAL_BATCH, ZERO
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ipu_bert import IPUConfig, UserError
-from lightning_ipu_bert.model.checkpoint import AtomicCheckpointIO
+from lightning_ipu_bert.training.checkpoint_io import AtomicCheckpointIO
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 

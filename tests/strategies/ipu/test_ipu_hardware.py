@@ -12,7 +12,7 @@ from torch.utils.data import DistributedSampler
 
 from lightning_ipu_bert import IPUConfig, UserError
 from lightning_ipu_bert.strategies.ipu.hardware import check_hardware
-from lightning_ipu_bert.strategies.ipu.options import ipu_options
+from lightning_ipu_bert.strategies.ipu.program.options import ipu_options
 
 
 @pytest.mark.parametrize(

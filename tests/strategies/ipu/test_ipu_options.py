@@ -10,8 +10,8 @@ import yaml
 
 from lightning_ipu_bert import IPUConfig, IPUStrategy, UserError
 from lightning_ipu_bert.cli import shipped_configs
-from lightning_ipu_bert.strategies.ipu.options import Surroundings, ipu_options
 from lightning_ipu_bert.strategies.ipu.profiling import profiled
+from lightning_ipu_bert.strategies.ipu.program.options import OptionsContext, ipu_options
 
 
 class Calls:
@@ -41,7 +41,7 @@ def calls_of(training, monkeypatch):
     monkeypatch.setattr(poptorch, "Options", lambda: calls)
     monkeypatch.setattr(poptorch, "TensorLocationSettings", lambda: Locations())
     monkeypatch.setattr(poptorch, "PipelinedExecution", lambda auto: ("pipelined", auto.name))
-    ipu_options(pod16(), training, Surroundings(seed=42, initializers_file="weights.onnx"))
+    ipu_options(pod16(), training, OptionsContext(seed=42, initializers_file="weights.onnx"))
     return calls._log
 
 
@@ -119,14 +119,15 @@ def test_the_calls_for_inference_on_a_pod16(monkeypatch):
 def test_pod16_is_the_tutorials_recipe():
     config = pod16()
     training, inference = config.training, config.inference
-    assert (training.num_ipus, training.micro_batches_per_call) == (16, 256)
+    calls = [program.shape.batches.micro_batches_per_call for program in (training, inference)]
+    assert (training.shape.num_devices, calls[0]) == (16, 256)
     assert 88_524 // 256 == 345
-    assert (inference.num_ipus, 2 * inference.micro_batches_per_call) == (16, 32)
+    assert (inference.shape.num_devices, 2 * calls[1]) == (16, 32)
     assert 10_784 / 32 == 337
 
 
-def options(training=True, around=None, **values):
-    return ipu_options(IPUConfig.from_dict(values), training, around)
+def options(training=True, context=None, **values):
+    return ipu_options(IPUConfig.from_dict(values), training, context)
 
 
 def test_options_are_made_without_a_trace_on_the_host():
@@ -144,11 +145,11 @@ def test_what_is_asked_for_by_option():
     assert type(sharded._execution_strategy) is poptorch.ShardedExecution
     explicit = options(False, explicit_ir_inference=True)
     assert explicit._Popart.options["enableExplicitIR"] is True
-    assert options(around=Surroundings(offline=True)).connection_type == (
+    assert options(context=OptionsContext(offline=True)).connection_type == (
         poptorch.ConnectionType.Never
     )
     assert "cachePath" not in options(executable_cache_dir="disabled")._Popart.options
-    assert options(around=Surroundings(auto_round_num_ipus=True)).auto_round_num_ipus
+    assert options(context=OptionsContext(auto_round_num_ipus=True)).auto_round_num_ipus
     assert not options().exists("random_seed")
     assert options(seed=0).random_seed == 0
 

@@ -180,7 +180,9 @@ def on_ranks(plan, folder):
     module, examples = with_adamw("bert", UPDATES)
     strategy, losses = PipelineParallelStrategy(**plan), Losses()
     trainer = plain_trainer(folder, losses, strategy=strategy, devices=8)
-    sampler = DistributedSampler(examples, 2, strategy.replica, shuffle=False)
+    sampler = DistributedSampler(
+        examples, 2, strategy.distributed_sampler_kwargs["rank"], shuffle=False
+    )
     trainer.fit(module, DataLoader(examples, GLOBAL_BATCH // 2, sampler=sampler))
     return losses.losses, weights_of(module)
 

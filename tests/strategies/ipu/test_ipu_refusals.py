@@ -21,7 +21,7 @@ from models import make_model
 from torch import nn
 
 from lightning_ipu_bert import IPUAccelerator, IPUStrategy, UserError
-from lightning_ipu_bert.model.stages import SpanLogits
+from lightning_ipu_bert.models.bert import SpanLogits
 
 
 class TwoOptimizers:

@@ -22,7 +22,7 @@ from models import GLOBAL_BATCH, make_model
 from lightning_ipu_bert import IPUAccelerator, IPUStrategy, PipelineParallelStrategy
 from lightning_ipu_bert.cli import main, shipped_configs
 from lightning_ipu_bert.commands.export import export
-from lightning_ipu_bert.strategies.ipu.config_file import load_ipu_config
+from lightning_ipu_bert.pipeline.ipu.file import load_ipu_config
 
 CONFIGS = sorted(
     path.stem
@@ -48,7 +48,8 @@ def test_there_are_configs_for_all_pods():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_configs_keep_all_rules(name):
     from lightning_ipu_bert.pipeline.ipu_rules import check_graph
-    from lightning_ipu_bert.pipeline.partition import partition
+
+    from lightning_ipu_bert.pipeline.plan import partition
 
     text = yaml.safe_load((shipped_configs() / f"{name}.yaml").read_text("utf8"))
     config = IPUStrategy(**text["trainer"]["strategy"]["init_args"]).ipu_config

@@ -1,0 +1,69 @@
+"""torch: 2.0 beside 2.13, and its private names."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from datetime import timedelta
+from typing import Any, Callable, List
+
+import torch
+from torch import Tensor, nn
+
+
+def has_pipelining() -> bool:
+    """Return whether this torch runs pipelines; torch 2.0 has none, and 2.4 lacks options.
+
+    Ends when the SDK stack (torch 2.0.1) is no longer supported.
+    """
+    if importlib.util.find_spec("torch.distributed.pipelining") is None:
+        return False
+    from torch.distributed.pipelining import ScheduleGPipe
+
+    return "return_outputs" in inspect.signature(ScheduleGPipe.step).parameters
+
+
+def apply_to_tensors(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    """Replace every parameter and buffer of a module in place, keeping parameters' identity.
+
+    `nn.Module.to` fails on meta tensors, which must stay. `Module._apply`: torch/nn/modules/
+    module.py; private since torch 1.0, without a public counterpart.
+    """
+    module._apply(function)  # type: ignore[no-untyped-call]
+
+
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Return whether somebody has registered a hook on a parameter's gradient.
+
+    torch offers no question for it (torch/_tensor.py, `register_hook` and
+    `register_post_accumulate_grad_hook`; the second came with torch 2.1).
+    """
+    later = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return bool(parameter._backward_hooks or later)
+
+
+def without_torch_function() -> Any:
+    """Return a context in which subclasses of Tensor, as PopTorch's parameters, behave plainly.
+
+    `torch._C.DisableTorchFunction` (docs: "Extending PyTorch") has no public name in torch 2.0;
+    torch 2.2 and later do not offer another one for this purpose.
+    """
+    return torch._C.DisableTorchFunction()
+
+
+def wait_for_keys(keys: List[str], key: str, value: str, seconds: float) -> List[str]:
+    """Put a value into the store of the process group, and return the values of all keys.
+
+    Works without any collective, so that it cannot hang behind one. The store that
+    `init_process_group` made is private: torch/distributed/distributed_c10d.py,
+    `_get_default_store`; no public one in 2.13.
+
+    Raises:
+        RuntimeError: If a key is not there in time.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store = _get_default_store()
+    store.set(key, value)
+    store.wait(keys, timedelta(seconds=seconds))
+    return [store.get(name).decode() for name in keys]

@@ -1,1 +1,0 @@
-"""Model: the LightningModule, its optimizer, its checkpoints and its report."""

@@ -1,0 +1,1 @@
+"""Models as LightningModules, and how they are cut into blocks."""

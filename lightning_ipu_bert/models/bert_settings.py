@@ -1,0 +1,74 @@
+"""What a plan needs to know of a BERT: its blocks and sizes. No torch, no transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional
+
+from lightning_ipu_bert.pipeline.rules import Violation
+
+EMBEDDINGS, LAYERS, HEAD = "bert.embeddings", "bert.encoder.layer", "qa_outputs"
+LABELS = {EMBEDDINGS: "Embedding", LAYERS: "Encoder", HEAD: "QA Outputs"}
+"""Names for people in the table "Device Allocation"."""
+
+
+class BertSettings(NamedTuple):
+    """Sizes of a BERT, by their names in `BertConfig`, with its defaults (BERT-Base)."""
+
+    vocab_size: int = 30522
+    num_hidden_layers: int = 12
+    max_position_embeddings: int = 512
+    hidden_size: int = 768
+
+
+def bert_blocks(num_hidden_layers: int) -> List[str]:
+    """Return the names of BERT's blocks in forward order."""
+    return [EMBEDDINGS, *(f"{LAYERS}.{i}" for i in range(num_hidden_layers)), HEAD]
+
+
+def settings_of(
+    model_name_or_path: Optional[str], config: Optional[Mapping[str, Any]]
+) -> BertSettings:
+    """Return the sizes of the model that `--model` describes.
+
+    Args:
+        model_name_or_path: Folder or hub name, of which only config.json is read.
+        config: Fields that differ from it.
+
+    Raises:
+        OSError: If there is no such folder or name.
+    """
+    fields: Dict[str, Any] = {}
+    if model_name_or_path is not None:
+        fields = json.loads(_config_file(model_name_or_path).read_text("utf8"))
+    fields.update(config or {})
+    return BertSettings(**{k: fields[k] for k in BertSettings._fields if k in fields})
+
+
+def _config_file(name_or_path: str) -> Path:
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path) / "config.json"
+    from huggingface_hub import hf_hub_download  # takes a while to import
+
+    return Path(hf_hub_download(name_or_path, "config.json"))
+
+
+def data_rules(settings: BertSettings, tokenizer_size: int, max_length: int) -> Iterator[Violation]:
+    """The model has an embedding for every token, and a position for every one of a window."""
+    if tokenizer_size > settings.vocab_size:
+        yield Violation(
+            "The tokenizer",
+            None,
+            f"has {tokenizer_size} tokens and the model only {settings.vocab_size}",
+            "Give the model's own by --data.tokenizer_name_or_path, or set vocab_size in "
+            "--model.config.",
+        )
+    longest = settings.max_position_embeddings
+    if max_length > longest:
+        yield Violation(
+            "max_length",
+            max_length,
+            f"is longer than the model's {longest} positions",
+            f"Set --data.max_length to {longest} or less.",
+        )

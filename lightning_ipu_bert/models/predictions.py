@@ -1,0 +1,77 @@
+"""Writes what `predict` found: answers, ranked candidates and, on request, the raw logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import numpy as np
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_ipu_bert._compat.lightning import datamodule_of
+from lightning_ipu_bert.data.answers import join_logits
+from lightning_ipu_bert.data.squad import SquadDataModule
+from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.files import written_atomically
+from lightning_ipu_bert.training.gather import all_gather_objects
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes the answers of `predict` into a folder, each file whole or not at all.
+
+    ``predictions.json`` holds {id: answer}, which the official SQuAD script scores;
+    ``nbest_predictions.json`` {id: [{text, score, probability, start, end}, ...]}, best first, with
+    characters of the passage; ``logits.npz`` the arrays ``features`` [F], ``start_logits`` and
+    ``end_logits`` [F, S].
+    """
+
+    def __init__(self, output_dir: Optional[str] = None, write_logits: bool = False) -> None:
+        """Create the callback.
+
+        Args:
+            output_dir: Folder of the files; the run's log folder if null.
+            write_logits: Write the raw start and end logits, too.
+        """
+        super().__init__(write_interval="epoch")
+        self.output_dir = output_dir
+        self.write_logits = write_logits
+
+    def write_on_epoch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        """Decode the logits of all batches and write the files."""
+        data = datamodule_of(trainer)
+        if not isinstance(data, SquadDataModule):
+            raise UserError(
+                "predict can write answers only for a SquadDataModule. Give one as datamodule=..., "
+                "or remove the PredictionWriter."
+            )
+        folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
+        parts = [part for parts_of_one in all_gather_objects(predictions) for part in parts_of_one]
+        if not trainer.is_global_zero:
+            return
+        question_set = data.split("predict").question_set
+        answers = data.answers("predict", parts)
+        _write_json(folder / "predictions.json", answers.texts(question_set))
+        _write_json(folder / "nbest_predictions.json", answers.n_best(question_set))
+        if self.write_logits:
+            _write_logits(folder / "logits.npz", parts)
+        rank_zero_info(f"Predictions     {folder / 'predictions.json'}")
+
+
+def _write_json(path: Path, content: Dict[str, Any]) -> None:
+    with written_atomically(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf8")
+
+
+def _write_logits(path: Path, parts: List[Any]) -> None:
+    logits = join_logits(parts)
+    with written_atomically(path) as partial, partial.open("wb") as file:
+        np.savez(file, features=logits.features, start_logits=logits.starts, end_logits=logits.ends)

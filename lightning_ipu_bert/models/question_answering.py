@@ -1,0 +1,258 @@
+"""`BertForQuestionAnsweringModule`: extractive question answering with BERT, for Lightning."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from transformers import BertConfig, BertForQuestionAnswering
+
+from lightning_ipu_bert._compat.lightning import count_saved_batch, datamodule_of, trainer_of
+from lightning_ipu_bert.checkpoint_file import ORIGIN_KEY, SCORES_KEY, TOKENIZER_KEY
+from lightning_ipu_bert.data.squad import SquadDataModule
+from lightning_ipu_bert.data.tokenizer import tokenizer_from_files, tokenizer_to_files
+from lightning_ipu_bert.models.ask_hint import ask_hint
+from lightning_ipu_bert.models.bert import SpanLogits, run_blocks, span_loss
+from lightning_ipu_bert.models.bert_network import architecture_of, build_network
+from lightning_ipu_bert.models.bert_settings import LABELS, BertSettings, bert_blocks, data_rules
+from lightning_ipu_bert.pipeline.facts import facts_of
+from lightning_ipu_bert.pipeline.progress import progress_rules
+from lightning_ipu_bert.pipeline.protocol import PipelineModule
+from lightning_ipu_bert.pipeline.rules import enforce
+from lightning_ipu_bert.training.checkpoint_io import AtomicCheckpointIO
+from lightning_ipu_bert.training.gather import all_gather_objects
+from lightning_ipu_bert.training.interrupts import SaveOnTermination, SignalsBetweenSteps
+from lightning_ipu_bert.training.optimizer import (
+    decay_groups,
+    learning_rate_schedule,
+    optimizer_rules,
+    warmup_steps,
+)
+from lightning_ipu_bert.training.random_states import RandomStates
+from lightning_ipu_bert.training.report import BatchSize, TrainingReport
+
+Batch = Dict[str, Tensor]
+BatchLogits = Tuple[Tensor, Tensor, Tensor]
+"""``feature`` [B], start logits [B, S] and end logits [B, S], on the CPU."""
+
+
+class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
+    """BERT with a span head: fine-tuned, evaluated by exact match and F1, and asked for answers.
+
+    The parameters are named as in Hugging Face's `BertForQuestionAnswering` (``bert...`` and
+    ``qa_outputs...``), in this module and in its checkpoints. A checkpoint holds the architecture
+    and the tokenizer too, and needs no other file.
+    """
+
+    block_labels = LABELS
+
+    def __init__(
+        self,
+        model_name_or_path: Optional[str] = None,
+        config: Union[Dict[str, Any], BertConfig, None] = None,
+        learning_rate: float = 5e-5,
+        weight_decay: float = 0.01,
+        lr_schedule: str = "linear",
+        warmup_ratio: float = 0.0,
+        warmup_steps: int = 0,
+    ) -> None:
+        """Build the network.
+
+        Args:
+            model_name_or_path: Folder or hub name of a BERT checkpoint; random weights if null.
+            config: Fields of BertConfig that differ from the checkpoint's (or from BertConfig's
+                defaults, without a checkpoint), e.g. {hidden_dropout_prob: 0.0}.
+            learning_rate: Highest learning rate of AdamW.
+            weight_decay: Decay of all weights but biases and LayerNorms.
+            lr_schedule: What follows the warm-up: linear or cosine (to 0 at the end of the run) or
+                constant.
+            warmup_ratio: Share of all updates in which the learning rate rises from 0.
+            warmup_steps: The same as a number of updates; takes the place of warmup_ratio.
+
+        Raises:
+            UserError: If no BERT can be built from what is given, or a number is out of its range.
+        """
+        super().__init__()
+        enforce(optimizer_rules(learning_rate, lr_schedule, warmup_ratio, warmup_steps))
+        self.save_hyperparameters(ignore=["config"])
+        network, self.has_trained_head = build_network(model_name_or_path, config)
+        self.bert_config: BertConfig = network.config
+        self.bert, self.qa_outputs = network.bert, network.qa_outputs
+        # Plain values only: Lightning loads checkpoints with torch's weights_only.
+        self.save_hyperparameters({"config": architecture_of(network.config) if config else None})
+        self.tokenizer: Any = None
+        self.data_settings: Dict[str, Any] = {}
+        self._origin = model_name_or_path
+        self._logits: List[BatchLogits] = []
+        self._scores: Dict[str, float] = {}
+        self._scores_step = -1
+
+    # --- network --------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Optional[Tensor] = None,
+        token_type_ids: Optional[Tensor] = None,
+    ) -> SpanLogits:
+        """Score every token as start and as end of the answer.
+
+        Args:
+            input_ids: [B, S]
+            attention_mask: [B, S], 1 for tokens and 0 for padding.
+            token_type_ids: [B, S], 0 for the question and 1 for the passage.
+        """
+        given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        batch = {name: value for name, value in given.items() if value is not None}
+        logits: SpanLogits = self.stage_forward(
+            self.pipeline_blocks(), None, {"input_ids": input_ids, **batch}
+        )
+        return logits
+
+    def pipeline_blocks(self) -> List[str]:
+        """Return embeddings, layers and head; see `PipelineModule`."""
+        return bert_blocks(self.bert_config.num_hidden_layers)
+
+    def stage_forward(self, blocks: Sequence[str], hidden: Any, batch: Mapping[str, Tensor]) -> Any:
+        """Run some blocks; see `run_blocks`."""
+        return run_blocks(self, self.bert_config, blocks, hidden, batch)
+
+    def pipeline_loss(self, output: SpanLogits, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of a micro-batch; see `span_loss`."""
+        return span_loss(output, batch)
+
+    def to_huggingface(self) -> BertForQuestionAnswering:
+        """Return Hugging Face's model with a copy of the weights."""
+        network = BertForQuestionAnswering(self.bert_config)
+        network.load_state_dict(self.state_dict())
+        network.train(False)
+        return network
+
+    # --- steps ----------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        loss: Tensor = self.run_loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        schedule: Any = self.lr_schedulers()
+        self.log("lr", schedule.get_last_lr()[0], prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the loss and keep the logits for the scores."""
+        self._evaluation_step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Do as in validation, under test/."""
+        self._evaluation_step(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> BatchLogits:
+        """Return feature indices and logits; `PredictionWriter` turns them into answers."""
+        return _on_host(batch, self.run_output(batch))
+
+    def _evaluation_step(self, batch: Batch, prefix: str) -> None:
+        logits = self.run_output(batch)
+        loss, examples = span_loss(logits, batch), len(batch["input_ids"])
+        self.log(f"{prefix}/loss", loss, prog_bar=True, batch_size=examples, sync_dist=True)
+        self._logits.append(_on_host(batch, logits))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/exact_match and val/f1."""
+        self._log_scores("val", "validation")
+
+    def on_test_epoch_end(self) -> None:
+        """Log test/exact_match and test/f1."""
+        self._log_scores("test", "test")
+
+    def _log_scores(self, prefix: str, split: str) -> None:
+        parts, self._logits = self._logits, []
+        data = datamodule_of(self.trainer)
+        if not isinstance(data, SquadDataModule):
+            return  # somebody's own loader: there are no texts to compare
+        # A question's windows may lie on several devices; afterwards every one knows all of them.
+        everywhere = [part for parts_of_one in all_gather_objects(parts) for part in parts_of_one]
+        scores = {f"{prefix}/{k}": v for k, v in data.scores(split, everywhere).items()}
+        self.log_dict(scores, prog_bar=True, sync_dist=True)  # all have the same: no harm done
+        if not self.trainer.sanity_checking:
+            self._scores, self._scores_step = scores, self.trainer.global_step
+
+    # --- optimization ---------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW and a learning rate that changes with every update."""
+        optimizer = torch.optim.AdamW(
+            decay_groups(self, self.hparams["weight_decay"]), lr=self.hparams["learning_rate"]
+        )
+        total = self.estimated_updates()
+        warmup = warmup_steps(total, self.hparams["warmup_ratio"], self.hparams["warmup_steps"])
+        schedule = learning_rate_schedule(optimizer, self.hparams["lr_schedule"], warmup, total)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr-AdamW"},
+        }
+
+    # --- around the run -------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Take the data's tokenizer, and make saving atomic."""
+        data = datamodule_of(self.trainer)
+        if isinstance(data, SquadDataModule):
+            self.tokenizer = data.tokenizer
+            sizes = {name: vars(self.bert_config)[name] for name in BertSettings._fields}
+            enforce(
+                data_rules(BertSettings(**sizes), len(data.tokenizer), data.windowing.max_length)
+            )
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = AtomicCheckpointIO()
+
+    def configure_callbacks(self) -> List[pl.Callback]:
+        """Return the callbacks that every run has, less those that this Trainer already has."""
+        report = TrainingReport(_size_of, ("val/exact_match", "val/f1"), ask_hint)
+        own: List[pl.Callback] = [RandomStates(), SaveOnTermination(), report]
+        if self.trainer.world_size == 1 and not facts_of(self.trainer).holds_interrupts:
+            own.append(SignalsBetweenSteps())
+        callbacks: List[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        present = {type(callback) for callback in callbacks}
+        return [callback for callback in own if type(callback) not in present]
+
+    def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
+        """Put architecture, tokenizer and scores into the checkpoint."""
+        hyper_parameters = checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        checkpoint[ORIGIN_KEY] = self._origin
+        hyper_parameters["model_name_or_path"] = None
+        hyper_parameters["config"] = architecture_of(self.bert_config)
+        if self.tokenizer is not None:
+            checkpoint[TOKENIZER_KEY] = tokenizer_to_files(self.tokenizer)
+        if self._scores_step == self.trainer.global_step:
+            checkpoint[SCORES_KEY] = dict(self._scores)
+
+    def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
+        """Take the tokenizer and the scores out of the checkpoint."""
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            enforce(progress_rules(checkpoint, facts_of(trainer).updates_per_batch))
+        count_saved_batch(checkpoint)
+        if checkpoint.get(TOKENIZER_KEY):
+            self.tokenizer = tokenizer_from_files(checkpoint[TOKENIZER_KEY])
+        self._scores = checkpoint.get(SCORES_KEY, {})
+        self._origin = checkpoint.get(ORIGIN_KEY)
+        self.data_settings = checkpoint.get(SquadDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+
+    @property
+    def scores(self) -> Dict[str, float]:
+        """The last scores of evaluation, by name."""
+        return dict(self._scores)
+
+
+def _size_of(batch: Batch) -> BatchSize:
+    return BatchSize(len(batch["input_ids"]), batch["attention_mask"].sum())
+
+
+def _on_host(batch: Batch, logits: SpanLogits) -> BatchLogits:
+    starts, ends = logits.start_logits.float().cpu(), logits.end_logits.float().cpu()
+    return batch["feature"].cpu(), starts, ends

@@ -1,0 +1,110 @@
+"""The fields of an `ipu_config.json`: their spellings, their values by pod type, what is unused."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Iterable, Mapping, Optional
+
+from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.pipeline.rules import nearest
+
+POD_TYPES = ("pod4", "pod8", "pod16", "pod32", "pod64")
+SPELLINGS = {"layers_per_stage": "layers_per_ipu"}
+"""The name in `PipelineConfig`, and Graphcore's."""
+
+FILE_FORMAT_KEYS = ("optimum_version", "transformers_version")
+"""What a file says about the program that wrote it."""
+
+OLD_FIELDS = (
+    "decompose_grad_sum",
+    "enable_half_first_order_momentum",
+    "execute_encoder_on_cpu_for_generation",
+    "profile_dir",
+    "sharded_execution_for_inference",
+    "use_popdist",
+)
+"""Fields of the first generation that the second no longer has."""
+
+NOT_SUPPORTED = {
+    "serialized_embedding_splits_per_ipu": "Use embedding_serialization_factor.",
+    "inference_serialized_embedding_splits_per_ipu": "Use embedding_serialization_factor.",
+    "execute_encoder_on_cpu_for_generation": "Leave it out.",
+}
+"""Fields that are refused, each with the way out."""
+
+WITHOUT_EFFECT = {
+    "parallelize_kwargs": "the model is not taken apart, and no `parallelize` is called",
+    "inference_parallelize_kwargs": "the model is not taken apart, and no `parallelize` is called",
+    "projection_serialization_factor": "the model has no output layer over a vocabulary",
+    "inference_projection_serialization_factor": "the model has no such output layer",
+    "serialized_projection_splits_per_ipu": "the model has no output layer over a vocabulary",
+    "inference_serialized_projection_splits_per_ipu": "the model has no such output layer",
+    "use_popdist": "PopDist is used where poprun started the process",
+}
+"""Fields without effect, each with the reason."""
+
+COUNTS = (
+    "replication_factor",
+    "inference_replication_factor",
+    "gradient_accumulation_steps",
+    "device_iterations",
+    "inference_device_iterations",
+)
+OPTIONAL_COUNTS = (
+    "ipus_per_replica",
+    "inference_ipus_per_replica",
+    "embedding_serialization_factor",
+    "inference_embedding_serialization_factor",
+)
+OUTPUT_MODES = ("sum", "all", "final", "default")
+
+PLAN_FIELDS = (
+    "layers_per_stage",
+    "replication_factor",
+    "gradient_accumulation_steps",
+    "recompute_checkpoint_every_layer",
+    "replicated_tensor_sharding",
+    "optimizer_state_offchip",
+)
+"""Fields that every pipeline has, by their names in `PipelineConfig`."""
+
+
+def select(
+    values: Mapping[str, Any], known: Iterable[str], pod_type: Optional[str] = None
+) -> Dict[str, Any]:
+    """Return values by Graphcore's names, for one pod type.
+
+    Args:
+        values: Content of a file, or fields of `PipelineConfig`. A value may be a dictionary by pod
+            type, e.g. {pod4: 1, pod16: 4, default: 1}.
+        known: Names of all fields.
+        pod_type: Which of such values to take.
+
+    Raises:
+        UserError: If a name is unknown, or there is no value for the pod type.
+    """
+    names, selected = list(known), {}
+    for name, value in values.items():
+        name = SPELLINGS.get(name, name)
+        if name in FILE_FORMAT_KEYS:
+            continue
+        if name not in names:
+            close = nearest(name, [*names, *SPELLINGS])
+            raise UserError(
+                f"{name}={value!r} is an unknown field of an IPU config. Did you mean '{close}'?"
+            )
+        selected[name] = _of_pod(name, value, pod_type)
+    return selected
+
+
+def _of_pod(name: str, value: Any, pod_type: Optional[str]) -> Any:
+    """Return the value of a pod type from a dictionary of them."""
+    if not isinstance(value, Mapping) or not value or set(value) - {*POD_TYPES, "default"}:
+        return value
+    if pod_type is not None and pod_type not in POD_TYPES:
+        raise UserError(f"pod_type={pod_type!r} is unknown. Use one of {', '.join(POD_TYPES)}.")
+    if pod_type not in value and "default" not in value:
+        raise UserError(
+            f"{name}={dict(value)} has no value for {pod_type or 'default'}. "
+            f"Give pod_type, one of {', '.join(value)}."
+        )
+    return value[pod_type] if pod_type in value else value["default"]

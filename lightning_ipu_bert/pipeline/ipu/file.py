@@ -1,0 +1,72 @@
+"""`ipu_config.json`: read from a file, a folder or the hub, and written beside checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Union
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
+
+from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.files import written_atomically
+from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
+
+FILE_NAME = "ipu_config.json"
+
+
+Source = Union[str, Path, Mapping[str, Any], IPUConfig, None]
+
+
+def load_ipu_config(source: Source, pod_type: Optional[str] = None) -> IPUConfig:
+    """Return the config that a file, a folder, a name of the hub or a dictionary holds.
+
+    Args:
+        source: E.g. "Graphcore/bert-large-ipu", or "runs/squad" after a run.
+        pod_type: Which of the values to take that differ by type of pod, e.g. "pod16".
+
+    Raises:
+        UserError: If there is none, or a field of it is unknown or breaks a rule.
+    """
+    return IPUConfig.from_dict(read_values(source), pod_type)
+
+
+def read_values(source: Source) -> Mapping[str, Any]:
+    """Return the fields that a source names, and no others.
+
+    Raises:
+        UserError: If there is no such file.
+    """
+    if isinstance(source, IPUConfig):
+        return source.to_dict()
+    if isinstance(source, Mapping):
+        return source
+    return _read(str(source)) if source else {}
+
+
+def save_ipu_config(config: IPUConfig, folder: Path) -> Path:
+    """Write a config into a folder, as `ipu_config.json`."""
+    path = folder / FILE_NAME
+    with written_atomically(path) as partial:
+        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _read(source: str) -> Dict[str, Any]:
+    path = Path(source)
+    try:
+        if not path.exists():
+            path = Path(hf_hub_download(source, FILE_NAME))
+        elif path.is_dir():
+            path = path / FILE_NAME
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, HFValidationError) as error:
+        raise UserError(
+            f"No IPU config could be read from '{source}': {str(error).splitlines()[0]} "
+            f"Give a {FILE_NAME}, a folder that holds one, or a name of the hub, e.g. "
+            "Graphcore/bert-large-ipu."
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(f"'{path}' does not hold fields of an IPU config. Give a {FILE_NAME}.")
+    return values

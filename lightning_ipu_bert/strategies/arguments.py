@@ -1,0 +1,72 @@
+"""Constructor arguments of strategies: nearest names for misspelled ones, and the plan's fields."""
+
+from __future__ import annotations
+
+import inspect
+from functools import wraps
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple, TypeVar, Union
+
+from typing_extensions import Concatenate, ParamSpec
+
+from lightning_ipu_bert.pipeline.config import PipelineConfig
+from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
+from lightning_ipu_bert.pipeline.ipu.fields import PLAN_FIELDS, SPELLINGS, select
+from lightning_ipu_bert.pipeline.ipu.file import read_values
+from lightning_ipu_bert.pipeline.rules import enforce, nearest
+
+P = ParamSpec("P")
+S = TypeVar("S")
+
+
+def names_nearest(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
+    """Let a constructor name the nearest argument for a misspelled one; Python 3.13 does so itself.
+
+    The signature stays as it is written, for `--help` and editors.
+    """
+    known = list(inspect.signature(init).parameters)[1:]
+
+    @wraps(init)
+    def checked(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(
+                    f"{type(self).__name__} has no argument {name!r}. "
+                    f"Did you mean {nearest(name, known)!r}?"
+                )
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+def plan_fields(arguments: Mapping[str, Any], names: Iterable[str]) -> Dict[str, Any]:
+    """Return the plan's fields among the arguments of a constructor."""
+    return {name: arguments[name] for name in names}
+
+
+def pipeline_config(
+    given: Mapping[str, Any],
+    ipu_config: Union[str, Mapping[str, Any], None],
+    pod_type: Optional[str],
+) -> Tuple[PipelineConfig, List[str]]:
+    """Return the configuration of a pipeline of ranks, and names of fields without effect there.
+
+    Args:
+        given: Fields of `PipelineConfig`; where one is None, `ipu_config` decides.
+        ipu_config: As for `IPUStrategy`.
+        pod_type: Which of its values to take.
+
+    Raises:
+        UserError: If a field is unknown, or a value breaks a rule.
+    """
+    values = read_values(ipu_config)
+    fields = IPUConfig.from_dict(values, pod_type)
+    written = select(values, vars(fields), pod_type)
+    set_there = [name for name in PLAN_FIELDS if SPELLINGS.get(name, name) in written]
+    if "ipus_per_replica" in written:
+        set_there.append("layers_per_stage")
+    everywhere = {name: fields.plan_fields()[name] for name in set_there}
+    merged = {**everywhere, **{k: v for k, v in given.items() if v is not None}}
+    config = PipelineConfig(**merged)
+    enforce(config.value_rules())
+    used = {SPELLINGS.get(name, name) for name in PLAN_FIELDS} | {"ipus_per_replica"}
+    return config, [name for name in written if name not in used]

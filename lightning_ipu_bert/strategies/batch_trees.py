@@ -1,0 +1,133 @@
+"""Batches and outputs of any structure: nested mappings, tuples and lists around tensors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Callable, Hashable, List, Mapping, MutableMapping, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_ipu_bert.errors import UserError
+
+Leaf = Callable[[Any], Any]
+
+
+def map_tree(
+    value: Any,
+    function: Leaf,
+    is_leaf: Optional[Callable[[Any], bool]] = None,
+    sort_keys: bool = False,
+) -> Any:
+    """Return the same structure with `function` applied to every leaf.
+
+    Args:
+        value: Mappings (of any kind, which is kept), tuples, named tuples and lists; all else is a
+            leaf.
+        function: Takes a leaf and returns what replaces it.
+        is_leaf: Values that are leaves although they are containers.
+        sort_keys: Visit mappings in the order of their keys and return plain dictionaries, so that
+            equal batches give equal sequences of leaves, however a loader built them.
+    """
+
+    def walk(item: Any) -> Any:
+        if is_leaf is not None and is_leaf(item):
+            return function(item)
+        if isinstance(item, Mapping):
+            if sort_keys:
+                return {key: walk(item[key]) for key in sorted(item, key=str)}
+            return _like(item, {key: walk(entry) for key, entry in item.items()})
+        if isinstance(item, tuple):
+            parts = [walk(entry) for entry in item]
+            named = hasattr(item, "_fields")  # how Python itself recognizes a named tuple
+            return type(item)(*parts) if named else tuple(parts)
+        if isinstance(item, list):
+            return [walk(entry) for entry in item]
+        return function(item)
+
+    return walk(value)
+
+
+def _like(mapping: Mapping[Any, Any], items: Mapping[Any, Any]) -> Any:
+    """Return `items` as a mapping of the same kind."""
+    if type(mapping) is dict or not isinstance(mapping, MutableMapping):
+        return items
+    result = copy.copy(mapping)
+    for key, item in items.items():
+        result[key] = item
+    return result
+
+
+def leaves_of(value: Any) -> List[Any]:
+    """Return the leaves of a structure, in order."""
+    found: List[Any] = []
+    map_tree(value, found.append)
+    return found
+
+
+def tensors_of(value: Any) -> List[Tensor]:
+    """Return the tensors of a structure, in order."""
+    return [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
+
+
+def count_examples(batch: Any) -> int:
+    """Return the first dimension of the first tensor in a batch.
+
+    Raises:
+        UserError: If there is no tensor with a dimension.
+    """
+    for tensor in tensors_of(batch):
+        if tensor.dim():
+            return len(tensor)
+    raise UserError(
+        f"A batch of type {type(batch).__name__} has no tensor: its examples cannot be counted and "
+        "split into micro-batches. Let the loader give tensors, or nested structures of them."
+    )
+
+
+def split_batch(batch: Any, examples: int, size: int) -> List[Any]:
+    """Split a batch into micro-batches of `size` examples.
+
+    Tensors whose first dimension counts the examples and lists of that many values are split; all
+    else goes into every micro-batch.
+    """
+
+    def is_list_of_values(value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and len(value) == examples
+            and not any(isinstance(item, Tensor) for item in value)
+        )
+
+    def part(first: int) -> Any:
+        rows = slice(first, first + size)
+
+        def cut(value: Any) -> Any:
+            is_rows = isinstance(value, Tensor) and value.dim() and len(value) == examples
+            return value[rows] if is_rows or is_list_of_values(value) else value
+
+        return map_tree(batch, cut, is_list_of_values)
+
+    return [part(first) for first in range(0, examples, size)]
+
+
+def shape_key(batch: Any) -> Hashable:
+    """Return what two batches must share so that stages exchange tensors of the same shape."""
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(batch))
+
+
+def join_outputs(parts: Sequence[Any], examples: Optional[int] = None) -> Any:
+    """Concatenate the outputs of micro-batches along the examples; scalars are averaged.
+
+    Args:
+        parts: Outputs of one structure.
+        examples: Keep so many, where the last part was padded; all where None.
+    """
+    joined = iter([_join(leaves, examples) for leaves in zip(*map(tensors_of, parts))])
+    return map_tree(parts[0], lambda leaf: next(joined) if isinstance(leaf, Tensor) else leaf)
+
+
+def _join(parts: Sequence[Tensor], examples: Optional[int]) -> Tensor:
+    if not parts[0].dim():
+        return torch.stack(list(parts)).mean()
+    return torch.cat(list(parts))[:examples]

@@ -1,0 +1,1 @@
+"""Stages and replicas on CPUs and GPUs, over `torch.distributed.pipelining`."""

@@ -1,0 +1,78 @@
+"""What is checked before any process is started."""
+
+from __future__ import annotations
+
+from typing import Any, Iterator, Optional
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_ipu_bert._compat.lightning import trainer_of
+from lightning_ipu_bert._compat.torch import has_pipelining
+from lightning_ipu_bert.pipeline.blocks import block_rules, outline_of
+from lightning_ipu_bert.pipeline.config import PipelineConfig
+from lightning_ipu_bert.pipeline.plan import Plan, resolve
+from lightning_ipu_bert.pipeline.protocol import module_rules
+from lightning_ipu_bert.pipeline.rules import Violation, enforce
+from lightning_ipu_bert.strategies import refusals
+from lightning_ipu_bert.strategies.distributed.loaders import loader_rules
+
+
+def torch_rule() -> Iterator[Violation]:
+    """This torch can run a pipeline."""
+    if not has_pipelining():
+        yield Violation(
+            f"torch {torch.__version__}",
+            None,
+            "is too old for a pipeline, which needs torch.distributed.pipelining",
+            "Install a newer one (2.13, say), or train in one process: "
+            "--trainer.strategy auto --trainer.devices 1.",
+        )
+
+
+def resolve_run(trainer: Trainer, args: Any, config: PipelineConfig) -> Optional[Plan]:
+    """Check a run, and resolve the plan that it follows.
+
+    Args:
+        trainer: Is about to run.
+        args: Arguments of its entry point: the module if one is given, and loaders.
+        config: What the user wrote.
+
+    Returns:
+        None if there is no module; Lightning then says so itself.
+
+    Raises:
+        UserError: If the module cannot be cut as configured, or the Trainer asks for what a
+            pipeline does in another way or not at all.
+    """
+    module: Any = next((arg for arg in args if isinstance(arg, LightningModule)), None)
+    module = module or trainer.strategy.lightning_module
+    fitting = trainer.state.fn == TrainerFn.FITTING
+    plan = None
+    if module is not None:
+        enforce(module_rules(module))
+        outline = outline_of(module)
+        enforce(block_rules(outline))
+        plan = resolve(
+            outline,
+            config.shape if fitting else None,
+            config.shape,
+            schedule=config.schedule,
+            recompute=config.recompute_checkpoint_every_layer,
+            replicated_tensor_sharding=config.replicated_tensor_sharding,
+            optimizer_state_offchip=config.optimizer_state_offchip,
+        )
+    enforce(refusals.accumulation_rule(trainer))
+    enforce(refusals.callback_rules(trainer, refusals.ON_RANKS))
+    if fitting:
+        enforce(config.training_rules())
+        enforce(loader_rules(args[1] if len(args) > 1 else None, config.batches))
+    enforce(torch_rule())
+    return plan
+
+
+def is_training(module: Optional[LightningModule]) -> bool:
+    """Return whether a module's Trainer is in its training stage, not in a validation between."""
+    trainer = trainer_of(module)
+    return trainer is not None and bool(trainer.training)

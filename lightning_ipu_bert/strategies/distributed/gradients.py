@@ -1,0 +1,62 @@
+"""Gradients are averaged over the replicas (all-reduce)."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Iterable, Iterator, List
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+BUCKET_BYTES = 64 << 20
+"""Bytes of gradients that are sent together; above some MB, larger ones gain nothing."""
+
+
+def averaged_after(
+    closure: Callable[[], Any], optimizer: Optimizer, group: Any
+) -> Callable[[], Any]:
+    """Return a closure that averages the gradients of an optimizer's parameters after another one.
+
+    Args:
+        closure: Computes the gradients of this replica.
+        optimizer: Has the parameters.
+        group: The ranks that hold the same stages in all replicas.
+    """
+
+    def averaged() -> Any:
+        result = closure()
+        average_gradients([p for g in optimizer.param_groups for p in g["params"]], group)
+        return result
+
+    return averaged
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter], group: Any) -> None:
+    """Replace every gradient by its mean over the group."""
+    count = dist.get_world_size(group)
+    if count == 1:
+        return
+    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).div_(count)
+        dist.all_reduce(flat, group=group)
+        parts = torch.split(flat, [gradient.numel() for gradient in bucket])
+        for gradient, part in zip(bucket, parts):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(gradients: List[Tensor]) -> Iterator[List[Tensor]]:
+    """Divide gradients into buckets of one dtype and about `BUCKET_BYTES`."""
+    for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
+        bucket: List[Tensor] = []
+        size = 0
+        for gradient in gradients:
+            if gradient.dtype == dtype:
+                bucket.append(gradient)
+                size += gradient.numel() * gradient.element_size()
+            if size >= BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+        if bucket:
+            yield bucket

@@ -1,0 +1,180 @@
+"""Starting the ranks of this machine, after everything that can be checked was checked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, NoReturn, Optional, TextIO
+
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
+
+from lightning_ipu_bert._compat.lightning import (
+    MultiProcessingLauncher,
+    SubprocessScriptLauncher,
+    handle_interrupt,
+    set_num_threads,
+    start_scripts,
+)
+from lightning_ipu_bert.strategies.distributed.launch import failure, watch
+from lightning_ipu_bert.training.interrupts import InterruptedBetweenSteps
+
+Prepare = Callable[[Optional[Trainer], Any], None]
+"""Checks a run, given the Trainer and the arguments of its entry point."""
+
+
+class ScriptLauncher(SubprocessScriptLauncher):
+    """Starts the script anew for every other rank of this machine.
+
+    Under torchrun, SLURM and so on the processes are there already, and it only checks.
+    """
+
+    def __init__(
+        self,
+        environment: ClusterEnvironment,
+        num_processes: int,
+        num_nodes: int,
+        prepare: Prepare,
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        """Create a launcher.
+
+        Args:
+            environment: How processes find each other.
+            num_processes: Ranks of this machine.
+            num_nodes: Machines.
+            prepare: Is called before anything is started.
+            fail: Is called with what a rank has raised while the others have not.
+        """
+        super().__init__(environment, num_processes, num_nodes)
+        self._prepare = prepare
+        self._fail = fail
+        self._launches = 0
+        self._was_launched = False
+        self._stderr: TextIO = sys.stderr
+
+    @override
+    def launch(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        trainer: Optional[Trainer] = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Check the run, start the ranks, and call the function."""
+        self._prepare(trainer, args)
+        self._launches += 1
+        environment = self.cluster_environment
+        environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not environment.creates_processes_externally:
+            os.environ[watch.LAUNCHER_VARIABLE] = str(os.getpid())
+            start_scripts(self)
+            watch.watch_children(self.procs)
+        elif self._launches == 1:
+            self._was_launched = watch.watch_launcher()
+        set_num_threads(self.num_processes)
+        with self._watched():
+            return function(*args, **kwargs)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Let ranks watch each other within the context, and end together where one fails."""
+        sys.stderr = self._stderr
+        watch.running.set()
+        try:
+            yield
+        except (InterruptedBetweenSteps, SIGTERMException):
+            raise  # all ranks end in good order
+        except BaseException as exception:
+            if failure.all_failed_alike(exception, self._launches):
+                self._leave_the_word_to_the_first_rank()
+                raise
+            self._fail(exception)
+            watch.kill(self.procs)
+            if self._was_launched and not isinstance(exception, KeyboardInterrupt):
+                failure.leave(exception)
+            raise
+        finally:
+            watch.running.clear()
+
+    def _leave_the_word_to_the_first_rank(self) -> None:
+        if self._was_launched:
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+    @override
+    def kill(self, signum: Any) -> None:
+        """Send a signal to the ranks that this one started."""
+        if signum == signal.SIGKILL:
+            watch.kill(self.procs)
+        super().kill(signum)
+
+    def end_at_once(self) -> NoReturn:
+        """End this rank and those that it started: the second Ctrl-C."""
+        if not self._was_launched:
+            failure.tell("Ended at once by Ctrl-C; nothing was saved.")
+        watch.kill(self.procs)
+        os._exit(watch.INTERRUPTED)
+
+
+class NotebookLauncher(MultiProcessingLauncher):
+    """Forks (or spawns) the ranks from a notebook, where there is no script to start anew."""
+
+    def __init__(self, strategy: ParallelStrategy, start_method: Any, prepare: Prepare) -> None:
+        """Create a launcher.
+
+        Args:
+            strategy: Lightning's launcher asks it for devices and checkpoints.
+            start_method: fork or spawn.
+            prepare: Is called before anything is started.
+        """
+        super().__init__(strategy, start_method=start_method)
+        self._prepare = prepare
+
+    @override
+    def launch(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        trainer: Optional[Trainer] = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Check the run, start the ranks, and call the function in them."""
+        self._prepare(trainer, args)
+        return super().launch(Interruptible(function, trainer), *args, trainer=trainer, **kwargs)
+
+    def end_at_once(self) -> NoReturn:
+        """End this rank: the second Ctrl-C."""
+        os._exit(watch.INTERRUPTED)
+
+
+class Interruptible:
+    """The entry point of a run in a forked rank, where Lightning handles no Ctrl-C.
+
+    After a Ctrl-C between two steps it ends as if it were done, so that the weights go back to the
+    notebook.
+    """
+
+    def __init__(self, function: Callable[..., Any], trainer: Optional[Trainer]) -> None:
+        """Wrap a function.
+
+        Args:
+            function: The entry point.
+            trainer: The Trainer that is run.
+        """
+        self._function = function
+        self._trainer = trainer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        try:
+            return self._function(*args, **kwargs)
+        except InterruptedBetweenSteps as exception:
+            if self._trainer is None:
+                raise
+            handle_interrupt(self._trainer, exception)
+            return None

@@ -1,0 +1,49 @@
+"""SIGTERM and Ctrl-C take effect where all ranks are between two steps.
+
+Lightning's handlers talk to the other ranks at once: they broadcast, or gather a checkpoint. But a
+signal comes at any moment. A rank that waits for a hidden state would never hear of it, and the
+rank that should send it would wait in the handler.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Callable, List, Optional
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment
+
+from lightning_ipu_bert.training.interrupts import SignalsBetweenSteps
+
+
+def signals_of_ranks(
+    environment: Optional[ClusterEnvironment],
+    device: torch.device,
+    end_at_once: Callable[[], None],
+) -> SignalsBetweenSteps:
+    """Return the callback that a pipeline strategy adds for the length of a run.
+
+    Args:
+        environment: Where SLURM says which signal it sends before a job's time is up.
+        device: Of the collectives.
+        end_at_once: Is called by a second Ctrl-C.
+    """
+
+    def agree(seen: List[bool]) -> List[bool]:
+        votes = torch.tensor(seen, dtype=torch.int32, device=device)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return [bool(vote) for vote in votes.tolist()]
+
+    numbers = [signal.SIGINT, *_signals_of_lightning(environment)]
+    return SignalsBetweenSteps(end_at_once, numbers, agree, tell=dist.get_rank() == 0)
+
+
+def _signals_of_lightning(environment: Optional[ClusterEnvironment]) -> List[int]:
+    """Return the signals that Lightning handles."""
+    numbers: List[int] = [signal.SIGTERM]
+    slurm = environment if isinstance(environment, SLURMEnvironment) else None
+    if slurm is not None and slurm.auto_requeue and slurm.requeue_signal is not None:
+        numbers.append(slurm.requeue_signal)
+    return numbers

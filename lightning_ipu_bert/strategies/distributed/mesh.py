@@ -1,0 +1,112 @@
+"""The device mesh: which ranks form a replica, which hold the same stages, and who communicates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The mesh as seen from one rank: rank = replica x ranks per replica + pipeline rank.
+
+    | dimension | size | splits | who communicates over it, and when |
+    |---|---|---|---|
+    | `replica` | replication_factor | the examples of a global batch | ranks that hold the same
+      stages: weights in `setup`, gradients once an update, shards of the optimizer state (RTS) once
+      an update, metrics (`reduce`, `all_gather`) |
+    | `pipeline` | stages / stages_per_rank | the blocks of the model | ranks of one replica: hidden
+      states and their gradients once a micro-batch, loss and output once a batch, the norm for
+      clipping once an update, the state dict once a checkpoint |
+
+    All ranks together: barriers, decisions (early stopping, signals), and the optimizer state of a
+    checkpoint.
+    """
+
+    replica: int
+    """Mesh coordinate: which copy of the pipeline this rank belongs to."""
+    pipeline_rank: int
+    """Mesh coordinate: 0 holds the first stage."""
+    replica_group: Any
+    """Ranks that hold the same stages in all replicas, by replica."""
+    pipeline_group: Any
+    """Ranks of this replica, by pipeline rank."""
+
+    def global_rank(self, pipeline_rank: int) -> int:
+        """Return the global rank of a pipeline rank of this replica."""
+        return int(dist.get_global_rank(self.pipeline_group, pipeline_rank))
+
+
+def create_mesh(device_type: str, replicas: int, ranks_per_replica: int) -> Mesh:
+    """Create the mesh; all ranks of the job must call it.
+
+    Args:
+        device_type: E.g. cpu or cuda.
+        replicas: Size of the dimension `replica`.
+        ranks_per_replica: Size of the dimension `pipeline`.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # torch 2.0 has none
+
+    mesh = init_device_mesh(
+        device_type, (replicas, ranks_per_replica), mesh_dim_names=("replica", "pipeline")
+    )
+    return Mesh(
+        mesh.get_local_rank("replica"),
+        mesh.get_local_rank("pipeline"),
+        mesh.get_group("replica"),
+        mesh.get_group("pipeline"),
+    )
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast(value: Any, source: int = 0) -> Any:
+    """Return the object of the rank `source`."""
+    if not dist.is_initialized():
+        return value
+    object_list = [value]
+    dist.broadcast_object_list(object_list, source)
+    return object_list[0]
+
+
+def reduce(tensor: Any, group: Optional[Any], reduce_op: Any = "mean") -> Any:
+    """Return the values of a group's ranks, combined.
+
+    A mean of counts is not truncated to an integer, as by Lightning's function: replicas may have
+    evaluated different numbers of examples.
+
+    Args:
+        tensor: What is no tensor is returned as it is.
+        group: The ranks; None before there are any.
+        reduce_op: A name, as "mean", or a `ReduceOp`.
+    """
+    if not isinstance(tensor, Tensor) or group is None:
+        return tensor
+    name = str(reduce_op).rpartition(".")[2].upper()  # "mean", ReduceOp.SUM, ...
+    mean = name in ("MEAN", "AVG")
+    result = tensor.float() if mean and not tensor.is_floating_point() else tensor.clone()
+    dist.all_reduce(result, vars(dist.ReduceOp)["SUM" if mean else name], group)
+    return result / dist.get_world_size(group) if mean else result
+
+
+def all_agree(decision: bool, device: torch.device, everyone: bool) -> bool:
+    """Return whether all ranks have decided so, or any has.
+
+    Args:
+        decision: This rank's.
+        device: Of the collective.
+        everyone: All must; else one is enough.
+    """
+    votes = torch.tensor(int(decision), device=device)
+    if not dist.is_initialized():
+        return decision
+    dist.all_reduce(votes)
+    return bool(votes == dist.get_world_size()) if everyone else bool(votes)

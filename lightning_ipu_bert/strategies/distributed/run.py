@@ -1,0 +1,150 @@
+"""One run on this rank: the part of the plan that is placed here, and state that ends with it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Dict, List, Mapping, Optional
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import Precision
+from torch.optim import Optimizer
+
+from lightning_ipu_bert._compat.lightning import restore_signal_handlers
+from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.strategies.distributed import mesh as collectives
+from lightning_ipu_bert.strategies.distributed import weights
+from lightning_ipu_bert.strategies.distributed.executor import TorchPipelineExecutor
+from lightning_ipu_bert.strategies.distributed.launch.failure import report
+from lightning_ipu_bert.strategies.distributed.launch.ranks import Ranks
+from lightning_ipu_bert.strategies.distributed.launch.signals import signals_of_ranks
+from lightning_ipu_bert.strategies.distributed.optimizer_shards import OptimizerShards
+from lightning_ipu_bert.strategies.distributed.optimizer_states import (
+    gather_optimizer_state,
+    load_optimizer_state,
+)
+from lightning_ipu_bert.strategies.distributed.precision import GlobalNorm, connect, loss_scale
+from lightning_ipu_bert.strategies.distributed.stage import Stage
+from lightning_ipu_bert.strategies.distributed.throughput import count_replicas
+
+
+class Run:
+    """A fit, validate, test or predict: made in the strategy's `setup`, dropped in `teardown`."""
+
+    def __init__(self, trainer: Trainer, module: Any, ranks: Ranks, device: torch.device) -> None:
+        """Take the plan of the run; nothing is changed yet.
+
+        Args:
+            trainer: Runs it.
+            module: The whole model.
+            ranks: Have resolved the plan, and form the mesh.
+            device: Of this rank.
+        """
+        assert ranks.plan is not None
+        assert ranks.mesh is not None
+        self.trainer = trainer
+        self.module = module
+        self.plan = ranks.plan
+        self.mesh = ranks.mesh
+        self.device = device
+        self.stages = self.plan.main.stages_on(self.mesh.pipeline_rank)
+        """Indices of this rank's stages."""
+        self.shards: Dict[int, OptimizerShards] = {}
+        """By id of the optimizer."""
+        self.signals = signals_of_ranks(ranks.environment, device, ranks.end_at_once)
+        self.failed = False
+        """Whether other ranks may be gone or elsewhere: nothing collective is possible any more."""
+
+    def place(self, precision: Precision) -> None:
+        """Keep this rank's part of the model, move it to the device, and build what runs it."""
+        assert isinstance(precision, GlobalNorm)
+        weights.keep_only(self.module, self.plan, set(self.stages))
+        precision.convert_module(self.module)
+        weights.move_to(self.module, self.device)
+        weights.broadcast_parameters(self.module, self.mesh.replica_group)
+        connect(precision, self.mesh.pipeline_group, dist.group.WORLD)
+        self.module.pipeline_executor = TorchPipelineExecutor(
+            self.module,
+            [Stage(self.module, self.plan, index) for index in self.stages],
+            self.plan,
+            self.mesh,
+            self.device,
+            seed=collectives.broadcast(int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))),
+            batches_done=lambda: self.trainer.fit_loop.total_batch_idx,
+            loss_scale=lambda: loss_scale(precision, self.device),
+        )
+        count_replicas(self.trainer, self.plan)
+        self.trainer.callbacks.append(self.signals)  # type: ignore[attr-defined]
+
+    def shard_optimizers(self, optimizers: List[Optimizer]) -> None:
+        """Let this replica update its slices only, and keep their state where the plan says."""
+        sharded, offchip = self.plan.shards_optimizer, self.plan.optimizer_state_offchip
+        replicas = self.plan.main.batches.replication_factor if sharded else 1
+        for optimizer in optimizers if sharded or offchip else []:
+            shards = OptimizerShards(
+                optimizer,
+                self.mesh.replica if sharded else 0,
+                replicas,
+                self.mesh.replica_group,
+                offchip,
+            )
+            shards.attach()
+            self.shards[id(optimizer)] = shards
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the whole model's state on the first rank, under its plain names."""
+        if self.mesh.replica:
+            return {}
+        return self._gather(everywhere=False)
+
+    def optimizer_state(self, optimizer: Optimizer) -> Dict[str, Any]:
+        """Return the whole optimizer state on the first rank, as one process would have it."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        return gather_optimizer_state(optimizer, self.shards.get(id(optimizer)), self.plan)
+
+    def load_optimizer_states(
+        self, optimizers: List[Optimizer], checkpoint: Mapping[str, Any]
+    ) -> None:
+        """Take this rank's part of the optimizer states of a checkpoint."""
+        for optimizer, state in zip(optimizers, checkpoint["optimizer_states"]):
+            load_optimizer_state(optimizer, self.shards.get(id(optimizer)), state)
+
+    def ends_by(self, exception: BaseException) -> bool:
+        """Return whether the strategy must tear down by itself on an exception.
+
+        After Ctrl-C Lightning 2.3 neither tears down nor restores signal handlers.
+        """
+        if isinstance(exception, KeyboardInterrupt):
+            restore_signal_handlers(self.trainer)
+        return isinstance(exception, KeyboardInterrupt)
+
+    def finish(self) -> None:
+        """Give the whole trained weights back to the module, on every rank."""
+        self.close()
+        weights.make_whole(self.module, self._gather(everywhere=True))
+
+    def close(self) -> None:
+        """Let go of module, Trainer and optimizers; needs no other rank."""
+        self.module.pipeline_executor = None
+        self.signals.release()
+        if self.signals in self.trainer.callbacks:  # type: ignore[attr-defined]
+            self.trainer.callbacks.remove(self.signals)  # type: ignore[attr-defined]
+        for shards in self.shards.values():
+            shards.detach()
+
+    def _gather(self, everywhere: bool) -> Dict[str, Any]:
+        return weights.gather_state(
+            self.module, self.plan, set(self.stages), self.mesh.pipeline_group, everywhere
+        )
+
+
+def report_failure(rank: int, run: Optional[Run], exception: BaseException) -> None:
+    """Say in one line which rank has failed where, unless the user is told otherwise."""
+    if isinstance(exception, (UserError, SystemExit, KeyboardInterrupt)):
+        return
+    step = 0 if run is None else run.trainer.global_step
+    stages = "?" if run is None else ", ".join(map(str, run.stages))
+    report(rank, f"in step {step} (stage {stages})", exception)

@@ -1,0 +1,253 @@
+"""`PipelineParallelStrategy`: stages and replicas for any LightningModule that has blocks."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, List, Literal, Mapping, Optional, Union
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+from typing_extensions import final, override
+
+from lightning_ipu_bert.pipeline.config import PipelineConfig
+from lightning_ipu_bert.pipeline.facts import StrategyFacts
+from lightning_ipu_bert.pipeline.rules import enforce
+from lightning_ipu_bert.strategies.arguments import names_nearest, pipeline_config, plan_fields
+from lightning_ipu_bert.strategies.distributed import mesh
+from lightning_ipu_bert.strategies.distributed.checks import is_training
+from lightning_ipu_bert.strategies.distributed.gradients import averaged_after
+from lightning_ipu_bert.strategies.distributed.launch.ranks import Launcher, Ranks
+from lightning_ipu_bert.strategies.distributed.loaders import loader_rules, without_repeats
+from lightning_ipu_bert.strategies.distributed.precision import for_pipeline
+from lightning_ipu_bert.strategies.distributed.run import Run, report_failure
+
+
+@final
+class PipelineParallelStrategy(ParallelStrategy):
+    """Runs a LightningModule as a pipeline of stages, in several replicas, on CPUs or GPUs.
+
+    The module derives from `PipelineModule`. A loader yields the examples of one replica and one
+    weight update: micro-batch x gradient_accumulation_steps.
+    """
+
+    @names_nearest
+    def __init__(
+        self,
+        *,
+        layers_per_stage: Optional[List[int]] = None,
+        replication_factor: Optional[int] = None,
+        gradient_accumulation_steps: Optional[int] = None,
+        stages_per_rank: int = 1,
+        schedule: str = "1f1b",
+        recompute_checkpoint_every_layer: Optional[bool] = None,
+        replicated_tensor_sharding: Optional[bool] = None,
+        optimizer_state_offchip: Optional[bool] = None,
+        ipu_config: Union[str, Dict[str, Any], None] = None,
+        pod_type: Optional[str] = None,
+        loss_scaling: Optional[float] = None,
+        process_group_backend: Optional[str] = None,
+        timeout_seconds: float = 1800.0,
+        start_method: Literal["popen", "fork", "spawn"] = "popen",
+        accelerator: Optional[Accelerator] = None,
+        parallel_devices: Optional[List[torch.device]] = None,
+        cluster_environment: Optional[ClusterEnvironment] = None,
+        checkpoint_io: Optional[CheckpointIO] = None,
+        precision_plugin: Optional[Precision] = None,
+    ) -> None:
+        """Create the strategy.
+
+        Args:
+            layers_per_stage: Numbered layers on each stage, e.g. [3, 7, 7, 7]; -1 takes an equal
+                share of the rest. Where neither this nor ipu_config says: equal on all devices.
+            replication_factor: Copies of the pipeline, each with its own part of the data.
+            gradient_accumulation_steps: Micro-batches of a replica between two weight updates.
+            stages_per_rank: Stages that one process holds, every n-th one (looped).
+            schedule: Order of forwards and backwards: gpipe, 1f1b, interleaved_1f1b or zero_bubble.
+            recompute_checkpoint_every_layer: Keep only the inputs of layers, recompute the rest.
+            replicated_tensor_sharding: Shard the optimizer state over the replicas (ZeRO stage 1).
+            optimizer_state_offchip: Keep the optimizer state in the host's memory.
+            ipu_config: As for `IPUStrategy`: the fields above count where they are not given, what
+                only IPUs have is ignored, so that a config moves by its class_path.
+            pod_type: Which values to take where ipu_config has them by type of pod, e.g. pod16.
+            loss_scaling: Ignored: only for `IPUStrategy`.
+            process_group_backend: Backend of torch.distributed; gloo on CPUs, NCCL on GPUs.
+            timeout_seconds: How long a rank waits for another before it gives up.
+            start_method: How ranks of this machine are started; fork in notebooks.
+            accelerator: Set by the Trainer, as the next four.
+            parallel_devices: Devices of this machine.
+            cluster_environment: How processes find each other.
+            checkpoint_io: How checkpoints are written.
+            precision_plugin: How numbers are represented.
+
+        Raises:
+            UserError: If a value breaks a rule.
+        """
+        super().__init__(
+            accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin
+        )
+        given = plan_fields(locals(), vars(PipelineConfig()))
+        config, ignored = pipeline_config(given, ipu_config, pod_type)
+        ignored += ["loss_scaling"] if loss_scaling is not None else []
+        self.num_nodes = 1
+        self._ranks = Ranks(config, ignored, process_group_backend, timeout_seconds, start_method)
+        self._run: Optional[Run] = None
+
+    @property
+    def config(self) -> PipelineConfig:
+        """What the user wrote, with equal stages on all devices where that says nothing."""
+        return self._ranks.config
+
+    @property
+    def run(self) -> Run:
+        """The run that is set up."""
+        assert self._run is not None
+        return self._run
+
+    @property
+    def facts(self) -> StrategyFacts:
+        """What model and data need to know."""
+        steps = self.config.batches.gradient_accumulation_steps
+        return StrategyFacts(micro_batches_per_batch=steps, holds_interrupts=True)
+
+    # --- ranks ------------------------------------------------------------------------------------
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning gives loaders a distributed sampler only to strategies that say so."""
+        return True
+
+    @property
+    def num_processes(self) -> int:
+        """Ranks on this machine, as Lightning's launchers ask for them."""
+        return len(self.parallel_devices or [])
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        return (self.parallel_devices or [])[self.local_rank]
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> Dict[str, Any]:
+        # Data is shared by replicas; the ranks of a replica read the same.
+        replica = self.global_rank // self.config.shape.ranks_per_replica
+        return {"num_replicas": self.config.replication_factor, "rank": replica}
+
+    @property
+    @override
+    def launcher(self) -> Optional[Launcher]:
+        return self._ranks.launcher(self, self.num_nodes, self._fail)
+
+    def set_world_ranks(self) -> None:
+        """Number the ranks; the Trainer has chosen devices and plugins by now."""
+        self._ranks.number(self, self.num_nodes)
+        self.precision_plugin = for_pipeline(self.precision_plugin)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._ranks.join(self.cluster_environment, self.root_device)
+
+    @override
+    def barrier(self, name: Optional[str] = None) -> None:
+        mesh.barrier()
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return mesh.broadcast(obj, src)
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return mesh.reduce(tensor, group or self._replica_group, reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return super().all_gather(tensor, group or self._replica_group, sync_grads)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return mesh.all_agree(decision, self.root_device, all)
+
+    @property
+    def _replica_group(self) -> Any:
+        return self._ranks.mesh.replica_group if self._ranks.mesh is not None else None
+
+    # --- a run ------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self._run = Run(trainer, self.lightning_module, self._ranks, self.root_device)
+        self.run.place(self.precision_plugin)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.optimizers, self.lr_scheduler_configs = [], []  # of an earlier run
+            self.setup_optimizers(trainer)
+            self.run.shard_optimizers(self.optimizers)
+        self.setup_precision_plugin()
+
+    @override
+    def model_to_device(self) -> None:
+        """Do nothing: a run places its part of the model."""
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        training = is_training(self.lightning_module)
+        if training:
+            enforce(loader_rules(dataloader, self.config.batches))
+        return without_repeats(dataloader, evaluating=not training)
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: Optional[Union[LightningModule, Module]] = None,
+        **kwargs: Any,
+    ) -> Any:
+        # Inside the closure: hooks, clipping and the optimizer see the mean over replicas only.
+        averaged = averaged_after(closure, optimizer, self._replica_group)
+        return super().optimizer_step(optimizer, averaged, model, **kwargs)
+
+    @override
+    def lightning_module_state_dict(self) -> Dict[str, Any]:
+        return (
+            super().lightning_module_state_dict() if self._run is None else self._run.state_dict()
+        )
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> Dict[str, Any]:
+        if self._run is None:
+            return super().optimizer_state(optimizer)
+        return self._run.optimizer_state(optimizer)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        self.run.load_optimizer_states(self.optimizers, checkpoint)
+
+    def _fail(self, exception: BaseException) -> None:
+        if self._run is not None:
+            self._run.failed = True
+        report_failure(self.global_rank, self._run, exception)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        if self._run is not None and self._run.ends_by(exception):
+            self.teardown()
+
+    @override
+    def teardown(self) -> None:
+        run, self._run = self._run, None
+        if run is not None and run.failed:
+            run.close()  # other ranks may be gone, and with them the whole weights
+            return
+        if run is not None:
+            run.finish()
+        super().teardown()

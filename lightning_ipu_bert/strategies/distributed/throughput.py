@@ -1,0 +1,27 @@
+"""Lightning's `ThroughputMonitor` on a pipeline: a replica counts once, not each of its stages."""
+
+from __future__ import annotations
+
+from typing import List
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ThroughputMonitor
+
+from lightning_ipu_bert._compat.lightning import throughputs
+from lightning_ipu_bert.pipeline.plan import Plan
+
+
+def count_replicas(trainer: Trainer, plan: Plan) -> None:
+    """Let monitors take a replica for their device.
+
+    They multiply what a rank has seen by the number of ranks, but the ranks of a replica see the
+    same examples. A replica has the FLOP/s of all its ranks, by which they measure the utilization.
+    """
+    callbacks: List[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    ranks = plan.main.ranks_per_replica
+    for monitor in callbacks:
+        if isinstance(monitor, ThroughputMonitor):
+            for throughput in throughputs(monitor):
+                throughput.world_size = plan.main.batches.replication_factor
+                if monitor.available_flops:
+                    throughput.available_flops = monitor.available_flops * ranks

@@ -1,0 +1,95 @@
+"""Whole models and their parts: what is placed on another rank is a meta tensor here.
+
+Meta tensors keep name, shape and order, so that optimizers, state dicts and checkpoints are
+numbered and named as those of the whole model. This is where a checkpoint becomes
+layout-independent; `optimizer_states` does the same for the optimizer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Sequence, Set
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_ipu_bert._compat.lightning import set_device
+from lightning_ipu_bert._compat.torch import apply_to_tensors
+from lightning_ipu_bert.pipeline.plan import Plan
+
+State = Dict[str, Any]
+
+
+def keep_only(module: nn.Module, plan: Plan, mine: Set[int]) -> None:
+    """Free the parameters that none of this rank's stages holds."""
+    for name, parameter in list(module.named_parameters()):
+        if not mine.intersection(plan.stages_of(name)):
+            _replace(module, name, parameter.to("meta"))
+
+
+def own_state(module: nn.Module, plan: Plan, mine: Set[int]) -> State:
+    """Return the state that this rank's stages hold, on the CPU."""
+    return {
+        name: value.cpu() if isinstance(value, Tensor) else value
+        for name, value in module.state_dict().items()
+        if mine.intersection(plan.stages_of(name))
+    }
+
+
+def in_order(parts: Sequence[State], module: nn.Module) -> State:
+    """Return the states of all stages in the order of the whole module.
+
+    What belongs to no block (buffers of metrics, say) is on every rank, and is the module's own.
+    """
+    found = {name: value for part in parts for name, value in part.items()}
+    return {name: found.get(name, value) for name, value in module.state_dict().items()}
+
+
+def make_whole(module: nn.Module, state: State) -> None:
+    """Fill every meta parameter, and load the rest, from a whole state."""
+    for name, parameter in list(module.named_parameters()):
+        if parameter.is_meta:
+            _replace(module, name, state[name].to(parameter.dtype))
+    module.load_state_dict(state)
+
+
+def gather_state(
+    module: nn.Module, plan: Plan, mine: Set[int], group: Any, everywhere: bool
+) -> State:
+    """Return the whole state on the group's first rank, or on all; else nothing."""
+    own = own_state(module, plan, mine)
+    parts: List[Any] = [None] * dist.get_world_size(group)
+    if everywhere:
+        dist.all_gather_object(parts, own, group=group)
+    else:
+        first = dist.get_rank(group) == 0
+        dist.gather_object(own, parts if first else None, dist.get_global_rank(group, 0), group)
+        if not first:
+            return {}
+    return in_order(parts, module)
+
+
+def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put another tensor where a parameter is; under all its names, if it is tied."""
+    old = module.get_parameter(name)
+    new = nn.Parameter(value, requires_grad=old.requires_grad)
+    for other, parameter in list(module.named_parameters(remove_duplicate=False)):
+        if parameter is old:
+            owner, _, last = other.rpartition(".")
+            setattr(module.get_submodule(owner), last, new)
+
+
+def broadcast_parameters(module: nn.Module, group: Any) -> None:
+    """Give all replicas the weights of the first."""
+    source = dist.get_global_rank(group, 0)
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            if not tensor.is_meta:
+                dist.broadcast(tensor, source, group)
+
+
+def move_to(module: LightningModule, device: torch.device) -> None:
+    """Move what is placed on this rank; meta tensors stay."""
+    apply_to_tensors(module, lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    set_device(module, device)

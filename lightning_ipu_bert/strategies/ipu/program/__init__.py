@@ -1,0 +1,1 @@
+"""The programs that PopTorch compiles: what is traced, placed, optimized and kept in step."""

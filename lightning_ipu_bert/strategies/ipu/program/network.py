@@ -1,0 +1,188 @@
+"""What PopTorch traces: a plain module of tensors in and tensors out around a model's blocks.
+
+Not the LightningModule itself: tracing would run its steps once and freeze what they log, and move
+its metrics to the IPU.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Iterator, List, NamedTuple, Sequence, Set, Tuple
+
+from torch import Tensor, nn
+
+from lightning_ipu_bert._compat.lightning import on_device
+from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.pipeline.protocol import PipelineModule
+from lightning_ipu_bert.strategies.batch_trees import count_examples, map_tree, tensors_of
+from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
+
+
+class OnHost:
+    """Stands for what in a batch is not a tensor, and so not on the IPUs."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise UserError(
+            "stage_forward or pipeline_loss uses something of the batch that is no tensor: on IPUs "
+            "it would be frozen as it was in the first batch. Make it a tensor with a value for "
+            "each example, or keep it in the module."
+        )
+
+    __bool__ = __len__ = __iter__ = __getitem__ = __float__ = __int__ = __index__ = _refuse
+    __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __truediv__ = _refuse
+    __lt__ = __gt__ = __call__ = _refuse
+    __eq__ = __ne__ = _refuse
+    __hash__ = None  # type: ignore[assignment]
+
+
+class BatchLayout(NamedTuple):
+    """Where the tensors of a batch are. All else in it stays on the host."""
+
+    structure: Any
+    """The batch with True in the place of tensors and False in the place of all else."""
+
+    @classmethod
+    def of(cls, batch: Any) -> BatchLayout:
+        """Return the layout of a batch."""
+        return cls(map_tree(batch, lambda leaf: isinstance(leaf, Tensor), sort_keys=True))
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        """Return a batch of these tensors; what is none of them refuses to be used."""
+        given = iter(tensors)
+        return map_tree(
+            self.structure, lambda is_tensor: next(given) if is_tensor else OnHost(), sort_keys=True
+        )
+
+
+def batch_tensors(batch: Any) -> List[Tensor]:
+    """Return the tensors of a batch in the order of its layout.
+
+    Raises:
+        UserError: If one has no dimension that counts the examples.
+    """
+    # In one order, however a loader builds the batch: tensors are told apart by their place.
+    tensors = tensors_of(map_tree(batch, lambda leaf: leaf, sort_keys=True))
+    examples = count_examples(batch)
+    for tensor in tensors:
+        if not tensor.dim() or len(tensor) != examples:
+            raise UserError(
+                f"A batch of {examples} examples has a tensor of shape {list(tensor.shape)}. On "
+                "IPUs the first dimension of every tensor counts the examples: repeat it for each, "
+                "or keep it in the module."
+            )
+    return tensors
+
+
+class TracedNetwork(nn.Module):
+    """All blocks of a model under their names, and of the rest only its buffers."""
+
+    def __init__(self, module: PipelineModule, layout: BatchLayout) -> None:
+        """Create what is traced.
+
+        Args:
+            module: The LightningModule; its blocks are shared, not copied.
+            layout: Of the batches.
+        """
+        super().__init__()
+        self._host = (module,)  # in a tuple: it is no submodule of this one
+        self._layout = layout
+        for name in module.pipeline_blocks():
+            _add_under(self, name, module.get_submodule(name))  # type: ignore[attr-defined]
+        self._outside = list(_buffers_outside_blocks(module))
+        for index, (owner, name) in enumerate(self._outside):
+            self.register_buffer(f"outside_{index}", owner.get_buffer(name))
+        # Only its own: users may have put some blocks into evaluation mode.
+        self.training = module.training  # type: ignore[attr-defined]
+
+    def _run(self, tensors: Tuple[Tensor, ...]) -> Tuple[Any, Any]:
+        """Run all blocks; return the last one's output and the batch."""
+        module: Any = self._host[0]
+        batch = self._layout.rebuild(tensors)
+        # What stage_forward makes on self.device is placed where the batch is.
+        with on_device(module, tensors[0].device), every_block_called(module):
+            return module.stage_forward(module.pipeline_blocks(), None, batch), batch
+
+    @contextmanager
+    def _buffers_lent(self) -> Iterator[None]:
+        """Let the model see its buffers as they are on the IPUs, such as weights of its loss."""
+        own = [owner.get_buffer(name) for owner, name in self._outside]
+        try:
+            for index, (owner, name) in enumerate(self._outside):
+                setattr(owner, name, self.get_buffer(f"outside_{index}"))
+            yield
+        finally:
+            for (owner, name), buffer in zip(self._outside, own):
+                setattr(owner, name, buffer)
+
+
+class TrainingNetwork(TracedNetwork):
+    """Tensors of a micro-batch in, its loss out."""
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Return the loss, from which PopTorch goes backward."""
+        module, poptorch = self._host[0], import_poptorch()
+        with self._buffers_lent():
+            output, batch = self._run(tensors)
+            loss: Tensor = poptorch.identity_loss(module.pipeline_loss(output, batch), "none")
+        return loss.float()  # a sum of many losses would be coarse in float16
+
+
+class InferenceNetwork(TracedNetwork):
+    """Tensors of a micro-batch in, the model's output out."""
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """Return the output of the last block."""
+        with self._buffers_lent():
+            return self._run(tensors)[0]
+
+
+@contextmanager
+def every_block_called(module: Any) -> Iterator[None]:
+    """Check that all blocks are called within the context: IPUs place what is called.
+
+    Raises:
+        UserError: If one is not.
+    """
+    blocks = list(module.pipeline_blocks())
+    called: Set[str] = set()
+    with ExitStack() as undo:
+        for name in blocks:
+            note = partial(_note, called, name)
+            undo.callback(module.get_submodule(name).register_forward_pre_hook(note).remove)
+        yield
+    missing = [name for name in blocks if name not in called]
+    if missing:
+        raise UserError(
+            f"stage_forward does not call the block {missing[0]} as a module, so that IPUs cannot "
+            "place it. Call the submodule itself, block(hidden), and not parts of it."
+        )
+
+
+def _note(called: Set[str], name: str, module: nn.Module, inputs: Any) -> None:
+    called.add(name)
+
+
+def _buffers_outside_blocks(module: Any) -> Iterator[Tuple[nn.Module, str]]:
+    """Find the buffers that belong to no block: the submodule that has each, and its name there."""
+    inside = {
+        id(part)
+        for block in module.pipeline_blocks()
+        for part in module.get_submodule(block).modules()
+    }
+    for owner in module.modules():
+        if id(owner) not in inside:
+            for name, _ in owner.named_buffers(recurse=False):
+                yield owner, name
+
+
+def _add_under(root: nn.Module, name: str, block: nn.Module) -> None:
+    """Put a block under a dotted name, so that its parameters are named as in the whole model."""
+    *path, last = name.split(".")
+    owner = root
+    for part in path:
+        children = dict(owner.named_children())
+        if part not in children:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    owner.add_module(last, block)

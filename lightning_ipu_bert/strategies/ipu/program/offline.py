@@ -1,0 +1,42 @@
+"""Compiling for the next run, where there need be no IPUs."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, Callable
+
+from lightning.pytorch import Trainer
+
+from lightning_ipu_bert._compat.lightning import run_step_on_first_batch
+
+
+class CompiledOffline(SystemExit):
+    """Ends a step whose program was compiled only, and the run with code 0."""
+
+    def __init__(self) -> None:
+        """Create one."""
+        super().__init__(0)
+
+
+def compile_and_end(trainer: Trainer) -> None:
+    """Compile both programs of a `fit`, each by a step of the module, and end it.
+
+    Args:
+        trainer: Is about to train, and has its training loader.
+
+    Raises:
+        CompiledOffline: Always.
+    """
+    _step(trainer, trainer.fit_loop, trainer.strategy.training_step)
+    if trainer.enable_validation:
+        trainer.lightning_module.eval()
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        _step(trainer, trainer.fit_loop.epoch_loop.val_loop, trainer.strategy.validation_step)
+    raise CompiledOffline
+
+
+def _step(trainer: Trainer, loop: Any, step: Callable[..., Any]) -> None:
+    """Run a step on the first batch as Lightning's loops would, up to what would run on IPUs."""
+    with suppress(CompiledOffline):
+        run_step_on_first_batch(trainer, loop, step)

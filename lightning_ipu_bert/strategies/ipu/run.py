@@ -1,0 +1,244 @@
+"""One run on IPUs: the plan, what executes it, and all state that ends with it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_ipu_bert._compat.lightning import restore_signal_handlers
+from lightning_ipu_bert.checkpoint_file import IPU_KEY
+from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
+from lightning_ipu_bert.pipeline.progress import progress_rules
+from lightning_ipu_bert.pipeline.rules import enforce
+from lightning_ipu_bert.strategies.ipu.checks import check_sdk, resolve_run
+from lightning_ipu_bert.strategies.ipu.console import plan_lines
+from lightning_ipu_bert.strategies.ipu.executor import IPUExecutor
+from lightning_ipu_bert.strategies.ipu.loaders import LoaderMode, ipu_loader
+from lightning_ipu_bert.strategies.ipu.optimizer_checks import optimizer_rules
+from lightning_ipu_bert.strategies.ipu.precision import IPUPrecision
+from lightning_ipu_bert.strategies.ipu.profiling import profiled
+from lightning_ipu_bert.strategies.ipu.program.offline import CompiledOffline
+from lightning_ipu_bert.strategies.ipu.program.optimizer import IPUOptimizer, OptimizerOptions
+from lightning_ipu_bert.strategies.ipu.program.options import OptionsContext, ipu_options
+from lightning_ipu_bert.strategies.ipu.program.random_state import RandomState
+from lightning_ipu_bert.strategies.ipu.updates import UpdatesOfACall, schedules_of_every_update
+from lightning_ipu_bert.training.interrupts import SignalsBetweenSteps
+
+
+class RunOptions(NamedTuple):
+    """What the user wrote beside the IPU config."""
+
+    loss_scaling: Optional[float] = None
+    lamb: bool = False
+    loader_mode: LoaderMode = "sync"
+    auto_round_num_ipus: bool = False
+    compile_only: bool = False
+    edit_options: Optional[Callable[[Any, bool], None]] = None
+
+
+class Run:
+    """A fit, validate, test or predict: made when the strategy is set up, dropped in `teardown`."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: Any,
+        config: IPUConfig,
+        overridden: Mapping[str, Any],
+        options: RunOptions,
+    ) -> None:
+        """Check everything that can be before programs are compiled, and print the plan.
+
+        Args:
+            trainer: Runs it.
+            module: The LightningModule.
+            config: What the user wrote for IPUs.
+            overridden: Values that took the place of the IPU config's, by name.
+            options: What else the user wrote.
+
+        Raises:
+            UserError: If a rule is broken, or PopTorch or IPUs are missing.
+        """
+        self.trainer = trainer
+        self.module = module
+        self.config = config
+        self.options = options
+        self.plan = resolve_run(trainer, module, config, options.auto_round_num_ipus)
+        self.executor: Optional[IPUExecutor] = None
+        self.loaded: Mapping[str, Any] = {}
+        """What a checkpoint says about IPUs."""
+        self.failed = False
+        """Whether the run has failed: what fails after it must not hide why."""
+        self._half = False
+        """Whether weights are float16."""
+        self._updates = UpdatesOfACall(config.device_iterations)
+        self._signals = SignalsBetweenSteps()
+        self._poptorch_options: Dict[bool, Any] = {}
+        self._batch_sizes: Dict[bool, int] = {}
+        self._cleanup = ExitStack()
+        check_sdk(config, self.plan, options.compile_only)
+        for line in plan_lines(config, self.plan, overridden):
+            rank_zero_info(line)
+
+    @property
+    def optimizer(self) -> Optional[IPUOptimizer]:
+        """Both optimizers, once there is an executor."""
+        return None if self.executor is None else self.executor.optimizer
+
+    @property
+    def compile_seconds(self) -> float:
+        """Time that this run has spent compiling."""
+        return 0.0 if self.executor is None else self.executor.compile_seconds
+
+    def start(self, precision: Precision) -> None:
+        """Build what runs the module; programs are compiled with the first batch."""
+        assert isinstance(precision, IPUPrecision)
+        precision.convert_module(self.module)
+        self._half = precision.half
+        self._cleanup.enter_context(profiled(self.config.profile_dir))
+        self.executor = self.module.pipeline_executor = IPUExecutor(
+            self.module,
+            self.config,
+            self.plan,
+            self._options_for,
+            self._batch_sizes.get,
+            RandomState(self.loaded),
+            offline=self.options.compile_only,
+        )
+        for part in self.module.modules():  # somebody may load weights into a part only
+            hook = part.register_load_state_dict_post_hook(self._weights_were_loaded)
+            self._cleanup.callback(hook.remove)
+        callbacks: List[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.insert(0, self._updates)
+        self._cleanup.callback(callbacks.remove, self._updates)
+        if self.trainer.world_size == 1:
+            callbacks.append(self._signals)
+            self._cleanup.callback(callbacks.remove, self._signals)
+        if self.options.compile_only:
+            self.trainer.num_sanity_val_steps = 0
+
+    def _weights_were_loaded(self, *_: Any) -> None:
+        if self.executor is not None:
+            self.executor.programs.host_changed()
+
+    def take(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take what a checkpoint says about IPUs, if it is of IPUs.
+
+        Raises:
+            UserError: If batches and updates cannot be counted on from it.
+        """
+        self.loaded = checkpoint.get(IPU_KEY) or {}
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            enforce(progress_rules(checkpoint, self.config.device_iterations))
+
+    def set_optimizer(self, optimizers: Sequence[Optimizer], schedules: Sequence[Any]) -> None:
+        """Take the module's optimizer and schedules.
+
+        Args:
+            optimizers: Of the module.
+            schedules: Lightning's `LRSchedulerConfig`s; changed in place.
+
+        Raises:
+            UserError: If IPUs cannot run them.
+        """
+        clip = float(self.trainer.gradient_clip_val or 0.0)
+        enforce(optimizer_rules(optimizers, self.module, clip, self.options.lamb))
+        options = OptimizerOptions(
+            half_accumulators=self._half,
+            half_momentum=self.config.enable_half_first_order_momentum,
+            loss_scaling=self.options.loss_scaling,
+            max_grad_norm=clip or None,
+            lamb=self.options.lamb,
+        )
+        assert self.executor is not None
+        self.executor.optimizer = IPUOptimizer(optimizers[0], self.module, options)
+        iterations = self.config.device_iterations
+        self._updates.schedulers = schedules_of_every_update(schedules, iterations)
+
+    def load_optimizer_state(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take the optimizer state of a checkpoint of any strategy."""
+        assert self.optimizer is not None
+        self.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+
+    def begin_step(self) -> None:
+        """Note that a training step begins: it may update the weights once."""
+        assert self.executor is not None
+        self.executor.ran_in_step = False
+
+    def loader(self, loader: object, training: bool) -> object:
+        """Return a loader whose batches are what one call of the IPUs takes."""
+        result = ipu_loader(
+            loader,
+            self._options_for(training),
+            self.config.training if training else self.config.inference,
+            self.config.gradient_accumulation_steps,
+            self.options.loader_mode,
+        )
+        size = getattr(result, "combinedBatchSize", None)  # of poptorch.DataLoader only
+        if size:
+            self._batch_sizes[training] = max(size, self._batch_sizes.get(training, 0))
+        return result
+
+    def _options_for(self, training: bool) -> Any:
+        if training not in self._poptorch_options:
+            folder = self._cleanup.enter_context(TemporaryDirectory(prefix="ipu-initializers-"))
+            seed = os.environ.get("PL_GLOBAL_SEED")
+            context = OptionsContext(
+                seed=int(seed) if seed else None,
+                initializers_file=str(Path(folder) / "initializers.onnx"),
+                offline=self.options.compile_only,
+                auto_round_num_ipus=self.options.auto_round_num_ipus,
+            )
+            options = ipu_options(self.config, training, context)
+            if self.options.edit_options is not None:
+                self.options.edit_options(options, training)
+            self._poptorch_options[training] = options
+        return self._poptorch_options[training]
+
+    def rng_state(self) -> Optional[List[int]]:
+        """Return the state of the IPUs' random numbers, if there is one."""
+        return self.loaded.get("rng_state") if self.executor is None else self.executor.rng_state()
+
+    def ends_by(self, exception: BaseException) -> bool:
+        """Note an exception, and return whether the strategy must tear down by itself.
+
+        After Ctrl-C Lightning 2.3 neither tears down nor restores signal handlers.
+        """
+        self.failed = True
+        if isinstance(exception, CompiledOffline):
+            rank_zero_info("Nothing was run: compile_only is set. Run again without it.")
+        if isinstance(exception, KeyboardInterrupt):
+            restore_signal_handlers(self.trainer)
+        return isinstance(exception, KeyboardInterrupt)
+
+    def close(self) -> Optional[List[int]]:
+        """Give weights and optimizer state back to the host, and the IPUs to others.
+
+        Returns:
+            The last state of the IPUs' random numbers.
+        """
+        self.module.pipeline_executor = None
+        self._signals.release()
+        try:
+            with self._cleanup:
+                if self.executor is None:
+                    return None
+                self._cleanup.callback(self.executor.destroy)
+                state = self.executor.rng_state()
+                if self.executor.optimizer is not None:
+                    self.executor.optimizer.give_back()
+                return state
+        except Exception as error:
+            if not self.failed:
+                raise
+            rank_zero_warn(f"The IPUs could not be given back in order: {error}")
+            return None

@@ -1,0 +1,1 @@
+"""Training of any LightningModule: checkpoint files, optimizer, report, callbacks."""

@@ -1,0 +1,31 @@
+"""Checkpoints are written atomically."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from typing_extensions import override
+
+from lightning_ipu_bert.files import written_atomically
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its final name and renames it.
+
+    Lightning's own goes through a temporary folder that may be on another disk: a kill while it is
+    copied from there breaks the previous checkpoint of that name.
+    """
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: Dict[str, Any], path: Any, storage_options: Optional[Any] = None
+    ) -> None:
+        """Write a checkpoint; stores like s3:// replace an object at once and are Lightning's."""
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with written_atomically(Path(path)) as partial:
+            torch.save(checkpoint, partial)
