@@ -59,14 +59,13 @@ def pipeline_config(
         UserError: If a field is unknown, or a value breaks a rule.
     """
     values = read_values(ipu_config)
-    fields = IPUConfig.from_dict(values, pod_type)
+    fields = IPUConfig.from_dict(values, pod_type, plan_fields(given, PLAN_FIELDS))
     written = select(values, vars(fields), pod_type)
-    set_there = [name for name in PLAN_FIELDS if SPELLINGS.get(name, name) in written]
-    if "ipus_per_replica" in written:
-        set_there.append("layers_per_stage")
-    everywhere = {name: fields.plan_fields()[name] for name in set_there}
-    merged = {**everywhere, **{k: v for k, v in given.items() if v is not None}}
+    read_here = {SPELLINGS.get(name, name): name for name in PLAN_FIELDS}
+    merged = {name: value for name, value in given.items() if value is not None}
+    for graphcore_name, name in {**read_here, "ipus_per_replica": "layers_per_stage"}.items():
+        if graphcore_name in written:
+            merged[name] = fields.plan_fields()[name]
     config = PipelineConfig(**merged)
     enforce(config.value_rules())
-    used = {SPELLINGS.get(name, name) for name in PLAN_FIELDS} | {"ipus_per_replica"}
-    return config, [name for name in written if name not in used]
+    return config, [name for name in written if name not in {*read_here, "ipus_per_replica"}]

@@ -116,8 +116,6 @@ class PipelineParallelStrategy(ParallelStrategy):
         steps = self.config.batches.gradient_accumulation_steps
         return StrategyFacts(micro_batches_per_batch=steps, holds_interrupts=True)
 
-    # --- ranks ------------------------------------------------------------------------------------
-
     @property
     def is_distributed(self) -> bool:
         """Lightning gives loaders a distributed sampler only to strategies that say so."""
@@ -153,6 +151,7 @@ class PipelineParallelStrategy(ParallelStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
+        self.set_world_ranks()  # once more: forked ranks know their numbers only now
         self._ranks.join(self.cluster_environment, self.root_device)
 
     @override
@@ -178,8 +177,6 @@ class PipelineParallelStrategy(ParallelStrategy):
     @property
     def _replica_group(self) -> Any:
         return self._ranks.mesh.replica_group if self._ranks.mesh is not None else None
-
-    # --- a run ------------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: Trainer) -> None:

@@ -155,6 +155,21 @@ def test_one_replica_is_told_that_it_shares_nothing(tmp_path):
     assert any("Device Allocation" in line for line in lines)
 
 
+def _ignored(plan, folder):
+    heard = Heard()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(heard)
+    trainer = train(plan, folder, max_epochs=1)
+    trainer.validate(Worsening(), DataLoader(Sentences(12), 4), verbose=False)
+    return [line for line in heard.lines if "Without effect" in line]
+
+
+def test_the_plan_of_an_ipu_config_counts_and_what_ranks_ignore_is_named_once(tmp_path):
+    given = {"layers_per_ipu": [3, 3], "matmul_proportion": 0.3, "device_iterations": 2}
+    plan = {"gradient_accumulation_steps": 4, "ipu_config": given, "loss_scaling": 2.0}
+    line = "Without effect on ranks: matmul_proportion, device_iterations, loss_scaling."
+    assert run_ranks(2, _ignored, plan, tmp_path)[0] == [line]
+
+
 def test_the_progress_bar_shows_the_loss_of_the_last_stage(tmp_path, capfd):
     run_ranks(2, _with_bar, TWO, tmp_path)
     assert "train/loss" in capfd.readouterr().out

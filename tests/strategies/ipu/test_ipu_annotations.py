@@ -12,8 +12,9 @@ from ipu_runs import ipu_strategy, ipu_trainer, loader, with_adamw
 from models import make_model
 from torch import nn
 
-from lightning_ipu_bert import UserError
-from lightning_ipu_bert.pipeline.plan import partition
+from lightning_ipu_bert import IPUConfig, UserError
+from lightning_ipu_bert.pipeline.blocks import outline_of
+from lightning_ipu_bert.pipeline.plan import partition, resolve
 from lightning_ipu_bert.strategies.ipu.program.annotations import (
     annotated,
     lookup_in_parts,
@@ -25,10 +26,10 @@ class Graphs(pl.Callback):
     """Keeps the compiled graphs of a run."""
 
     def on_train_end(self, trainer, pl_module):
-        executor = trainer.strategy._executor
-        self.training = executor.training.poplar._graph
-        self.inference = executor.inference.poplar._graph
-        self.names = [name for name, _ in executor.training.poplar._model.named_parameters()]
+        programs = trainer.strategy.run.executor.programs
+        self.training = programs.training.poplar._graph
+        self.inference = programs.inference.poplar._graph
+        self.names = [name for name, _ in programs.training.poplar._model.named_parameters()]
 
 
 def compiled(tmp_path, **plan):
@@ -70,8 +71,10 @@ def test_parameters_are_named_as_in_the_module(tmp_path):
 
 def test_annotations_end_with_the_trace_even_if_it_fails():
     module, _ = make_model("bert")
-    stages = partition(module.pipeline_blocks(), [3, 3])
-    with suppress(KeyError), annotated(module, stages, True, 2):
+    config = IPUConfig.from_dict({"layers_per_ipu": [3, 3], "embedding_serialization_factor": 2})
+    program = config.training
+    plan = resolve(outline_of(module), program.shape, None, recompute=True)
+    with suppress(KeyError), annotated(module, plan, program):
         assert any(m._forward_pre_hooks for m in module.modules())
         raise KeyError
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in module.modules())

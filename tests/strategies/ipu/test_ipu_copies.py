@@ -81,7 +81,7 @@ def test_the_module_is_as_it_was_but_trained(tmp_path):
     assert {type(p) for p in module.parameters()} == {nn.Parameter}
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in module.modules())
     assert module.device == torch.device("cpu")
-    assert module._executor is None
+    assert module.pipeline_executor is None
 
 
 @pytest.mark.parametrize("ipus_of_machine", [4, 16])

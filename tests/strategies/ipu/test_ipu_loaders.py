@@ -17,15 +17,16 @@ EVALUATION = IPUConfig.from_dict(
 MODES = ["sync", "async", "async_rebatched"]
 
 
-def options(graph):
-    result = poptorch.Options().replicationFactor(graph.replication_factor)
-    result.deviceIterations(graph.device_iterations)
-    result.Training.gradientAccumulation(graph.gradient_accumulation_steps)
+def options(program):
+    batches = program.shape.batches
+    result = poptorch.Options().replicationFactor(batches.replication_factor)
+    result.deviceIterations(batches.device_iterations)
+    result.Training.gradientAccumulation(batches.gradient_accumulation_steps)
     return result
 
 
-def convert(loader, graph, mode="sync"):
-    return ipu_loader(loader, options(graph), graph, 4, mode)
+def convert(loader, program, mode="sync"):
+    return ipu_loader(loader, options(program), program, 4, mode)
 
 
 def tokens(loader):

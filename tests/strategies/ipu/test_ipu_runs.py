@@ -23,6 +23,8 @@ from lightning_ipu_bert import IPUAccelerator, IPUStrategy, PipelineParallelStra
 from lightning_ipu_bert.cli import main, shipped_configs
 from lightning_ipu_bert.commands.export import export
 from lightning_ipu_bert.pipeline.ipu.file import load_ipu_config
+from lightning_ipu_bert.pipeline.ipu.program import program_rules
+from lightning_ipu_bert.pipeline.plan import layer_rules
 
 CONFIGS = sorted(
     path.stem
@@ -47,18 +49,18 @@ def test_there_are_configs_for_all_pods():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_configs_keep_all_rules(name):
-    from lightning_ipu_bert.pipeline.ipu_rules import check_graph
-
-    from lightning_ipu_bert.pipeline.plan import partition
 
     text = yaml.safe_load((shipped_configs() / f"{name}.yaml").read_text("utf8"))
     config = IPUStrategy(**text["trainer"]["strategy"]["init_args"]).ipu_config
     layers = {"bert_large": 24, "bert_base_": 12, "ipu_debug": 2}[name[:10].rstrip("s")]
     blocks = ["embeddings", *(f"layer.{i}" for i in range(layers)), "head"]
-    for graph in (config.training, config.inference):
-        check_graph(graph)
-        partition(blocks, graph.layers_per_ipu)
-    assert config.training.num_ipus == {"pod16": 16, "_pod4": 4, "d_8x2": 16, "debug": 2}[name[-5:]]
+    for program in (config.training, config.inference):
+        assert not list(program_rules(program))
+        assert not list(layer_rules(blocks, program.shape.layers_per_stage))
+    assert (
+        config.training.shape.num_devices
+        == {"pod16": 16, "_pod4": 4, "d_8x2": 16, "debug": 2}[name[-5:]]
+    )
 
 
 @pytest.fixture
@@ -108,13 +110,21 @@ def test_the_flags_of_the_error_run_the_same_plan_without_ipus(in_folder, monkey
     assert "(3 steps)" in done.stderr
 
 
-def test_a_yaml_moves_between_strategies_by_its_class_path():
-    for name in CONFIGS:
-        text = yaml.safe_load((shipped_configs() / f"{name}.yaml").read_text("utf8"))
-        given = text["trainer"]["strategy"]["init_args"]
-        ranks, ipus = PipelineParallelStrategy(**given).config, IPUStrategy(**given).config
-        assert ranks.layers_per_stage == ipus.layers_per_stage
-        assert ranks.gradient_accumulation_steps == ipus.gradient_accumulation_steps
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_yaml_moves_between_strategies_by_its_class_path(name):
+    """Nothing else is changed: same stages, replicas and global batch."""
+    text = yaml.safe_load((shipped_configs() / f"{name}.yaml").read_text("utf8"))
+    given = text["trainer"]["strategy"]["init_args"]
+    ranks, ipus = PipelineParallelStrategy(**given).config, IPUStrategy(**given).ipu_config
+    assert ranks.shape.layers_per_stage == ipus.training.shape.layers_per_stage
+    assert ranks.shape.num_devices == ipus.training.shape.num_devices
+    found, expected = ranks.shape.batches, ipus.training.shape.batches
+    micro = text["data"]["micro_batch_size"]
+    assert found.global_batch_size(micro) == expected.global_batch_size(micro)
+    assert found.replication_factor == expected.replication_factor
+    shared = ("recompute_checkpoint_every_layer", "replicated_tensor_sharding")
+    for field in (*shared, "optimizer_state_offchip"):
+        assert vars(ranks)[field] == vars(ipus)[field], field
 
 
 def test_a_file_is_overridden_and_says_so(tmp_path, caplog):
@@ -142,7 +152,9 @@ def test_what_is_the_same_is_not_said(tmp_path, caplog):
         "gradient_accumulation_steps": 4,
         "inference_device_iterations": 2,
     }
-    strategy = IPUStrategy([3, 3], 2, ipu_config=given, pod_type="pod4")
+    strategy = IPUStrategy(
+        layers_per_stage=[3, 3], replication_factor=2, ipu_config=given, pod_type="pod4"
+    )
     module, examples = make_model("language model")
     ipu_trainer(tmp_path, strategy=strategy).fit(module, loader(examples))
     said = [r.message for r in caplog.records if "Overriding" in r.message]
@@ -187,8 +199,8 @@ def test_compile_only_compiles_for_what_the_steps_run(tmp_path):
 
     class Look(pl.Callback):
         def on_exception(self, trainer, pl_module, exception):
-            executor = trainer.strategy._executor
-            shapes.extend(g.shapes for g in (executor.training, executor.inference))
+            programs = trainer.strategy.run.executor.programs
+            shapes.extend(p.shapes for p in (programs.training, programs.inference))
 
     shapes, data = [], Sentences(GLOBAL_BATCH)
     strategy = ipu_strategy(compile_only=True)
