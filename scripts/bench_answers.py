@@ -24,11 +24,13 @@ from typing import Any, Dict, List, Sequence, Tuple
 import numpy as np
 from transformers import AutoTokenizer
 
-from lightning_ipu_bert.data.answers import AnswerRules, Logits, Windows, decode
+from lightning_ipu_bert.data.answers import AnswerRules, Windows, decode
 from lightning_ipu_bert.data.feature_cache import cached_features, flat_column
-from lightning_ipu_bert.data.features import Windowing
-from lightning_ipu_bert.data.formats.records import Rules, read_files
+from lightning_ipu_bert.data.formats import read_files
+from lightning_ipu_bert.data.logits import Logits
 from lightning_ipu_bert.data.questions import QuestionSet
+from lightning_ipu_bert.data.records import Rules
+from lightning_ipu_bert.data.settings import Windowing
 
 
 def usual_loop(

@@ -59,8 +59,9 @@ def ours(file: str, tokenizer_path: str, cache: str) -> Any:
     from transformers import AutoTokenizer
 
     from lightning_ipu_bert.data.feature_cache import cached_features
-    from lightning_ipu_bert.data.features import Windowing
-    from lightning_ipu_bert.data.formats.records import Rules, read_files
+    from lightning_ipu_bert.data.formats import read_files
+    from lightning_ipu_bert.data.records import Rules
+    from lightning_ipu_bert.data.settings import Windowing
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     begin = time.perf_counter()

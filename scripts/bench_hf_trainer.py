@@ -36,11 +36,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from lightning_ipu_bert.data.answers import AnswerRules, Windows, decode, join_logits
+from lightning_ipu_bert.data.answers import AnswerRules, Windows, decode
 from lightning_ipu_bert.data.feature_cache import cached_features
-from lightning_ipu_bert.data.features import Windowing
-from lightning_ipu_bert.data.formats.records import Rules, read_files
+from lightning_ipu_bert.data.formats import read_files
 from lightning_ipu_bert.data.loaders import Collator
+from lightning_ipu_bert.data.logits import join_logits
+from lightning_ipu_bert.data.records import Rules
+from lightning_ipu_bert.data.settings import Windowing
 from lightning_ipu_bert.models.question_answering import BertForQuestionAnsweringModule
 
 BATCH = 16

@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # DataLoader workers are forked
 
 from lightning_ipu_bert import BertForQuestionAnsweringModule, SquadDataModule
-from lightning_ipu_bert.data.quickstart import write_quickstart
+from lightning_ipu_bert.data.quickstart.folder import write_quickstart
 
 # Lightning keeps its lines from `caplog` unless pytest had begun to listen when it was imported.
 logging.getLogger("lightning.pytorch").propagate = True

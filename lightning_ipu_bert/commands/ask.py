@@ -11,13 +11,15 @@ import torch
 
 from lightning_ipu_bert.commands.loading import TrainedModel, load_trained
 from lightning_ipu_bert.commands.parser import command_parser
-from lightning_ipu_bert.data.answers import Windows, decode, join_logits
+from lightning_ipu_bert.data.answers import Windows, decode
 from lightning_ipu_bert.data.feature_cache import build_dataset
-from lightning_ipu_bert.data.features import check_windowing
 from lightning_ipu_bert.data.loaders import Collator
+from lightning_ipu_bert.data.logits import join_logits
 from lightning_ipu_bert.data.questions import Question, QuestionSet
+from lightning_ipu_bert.data.settings import windowing_rules
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.models.bert import NETWORK_INPUTS
+from lightning_ipu_bert.pipeline.rules import enforce
 
 WINDOWS_PER_BATCH = 16
 MARGIN = 200
@@ -45,7 +47,7 @@ def answer_questions(
         raise UserError("The context is empty. Give a passage with --context or --context_file.")
     asked = [Question(str(i), text, 0, ()) for i, text in enumerate(questions)]
     question_set = QuestionSet([context], asked)
-    check_windowing(model.windowing)
+    enforce(windowing_rules(model.windowing))
     features = build_dataset(question_set, model.tokenizer, model.windowing)
     collate = Collator(model.tokenizer.pad_token_id)
     parts = []

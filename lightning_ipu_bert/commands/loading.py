@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Optional
 
 from lightning_ipu_bert.checkpoint_file import IPU_KEY, read_checkpoint
 from lightning_ipu_bert.data.answers import AnswerRules
-from lightning_ipu_bert.data.features import Windowing
+from lightning_ipu_bert.data.settings import Windowing
 from lightning_ipu_bert.data.tokenizer import load_tokenizer
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.models.question_answering import BertForQuestionAnsweringModule

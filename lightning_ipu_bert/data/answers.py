@@ -10,17 +10,15 @@ Letters in shapes: F windows, S sequence length, K starts (ends) tried in a wind
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any, Dict, Iterable, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from lightning_ipu_bert.data.feature_cache import flat_column
+from lightning_ipu_bert.data.logits import FloatArray, IntArray, Logits
 from lightning_ipu_bert.data.questions import QuestionSet
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
 
 WINDOWS_PER_CHUNK = 1024
 """Bounds the memory of the K x K scores."""
@@ -37,22 +35,6 @@ class AnswerRules(NamedTuple):
     """Some questions have no answer: the empty text competes."""
     null_score_threshold: float = 0.0
     """The answer is empty where its score beats the best span's by more than this (logits)."""
-
-
-class Logits(NamedTuple):
-    """What a model says of some windows, in any order."""
-
-    features: IntArray
-    """[F]: index of each window's feature."""
-    starts: FloatArray
-    """[F, S]"""
-    ends: FloatArray
-    """[F, S]"""
-
-    def part(self, first: int, behind: int) -> Logits:
-        """Return the windows `first` to `behind` - 1."""
-        rows = slice(first, behind)
-        return Logits(self.features[rows], self.starts[rows], self.ends[rows])
 
 
 class Windows(NamedTuple):
@@ -123,28 +105,6 @@ class Answers(NamedTuple):
                 for a, b, score, p in islice(rows, count)
             ]
         return result
-
-
-def join_logits(parts: Iterable[Tuple[Any, Any, Any]]) -> Logits:
-    """Put the logits of batches of different length into one array, each window once.
-
-    Args:
-        parts: Feature indices [B], start logits [B, S] and end logits [B, S] of each batch. A
-            window that came twice (samplers of several processes repeat some) counts once.
-    """
-    batches = [tuple(np.asarray(x) for x in part) for part in parts]
-    width = max((starts.shape[1] for _, starts, _ in batches), default=0)
-
-    def stack(which: int) -> FloatArray:
-        padded = [
-            np.pad(b[which], ((0, 0), (0, width - b[which].shape[1])), constant_values=-np.inf)
-            for b in batches
-        ]
-        return np.concatenate(padded).astype(np.float32) if padded else np.zeros((0, 0), np.float32)
-
-    features = np.concatenate([b[0] for b in batches]) if batches else np.zeros(0)
-    unique, where = np.unique(features.astype(np.int64), return_index=True)
-    return Logits(unique, stack(1)[where], stack(2)[where])
 
 
 def decode(logits: Logits, windows: Windows, rules: AnswerRules) -> Answers:

@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_ipu_bert.data import features as features_module
-from lightning_ipu_bert.data.features import Windowing, check_windowing, features_in_chunks
+from lightning_ipu_bert.data import features, tokenized
+from lightning_ipu_bert.data.features import features_in_chunks
 from lightning_ipu_bert.data.questions import QuestionSet
+from lightning_ipu_bert.data.settings import Windowing, windowing_rules
 from lightning_ipu_bert.files import built_once
+from lightning_ipu_bert.pipeline.rules import enforce
 
 if TYPE_CHECKING:
     import pyarrow
@@ -68,7 +70,7 @@ def cached_features(
     """
     from datasets import load_from_disk
 
-    check_windowing(windowing)
+    enforce(windowing_rules(windowing))
 
     def build(folder: Path) -> None:
         dataset = build_dataset(question_set, tokenizer, windowing, description)
@@ -87,7 +89,8 @@ def cache_key(question_set: QuestionSet, tokenizer: Any, windowing: Windowing) -
     """
     import datasets
 
-    code = Path(features_module.__file__).read_bytes() + Path(__file__).read_bytes()
+    sources = (features.__file__, tokenized.__file__, __file__)
+    code = b"".join(Path(source).read_bytes() for source in sources)
     specials = f"{tokenizer.cls_token_id},{tokenizer.sep_token_id}"
     parts = [question_set.digest(), tokenizer.backend_tokenizer.to_str(), specials, str(windowing)]
     parts.append(datasets.__version__)
@@ -95,9 +98,9 @@ def cache_key(question_set: QuestionSet, tokenizer: Any, windowing: Windowing) -
     return hashlib.sha256(text.encode("utf8", "surrogatepass")).hexdigest()[:32]
 
 
-def flat_column(features: Dataset, name: str) -> npt.NDArray[np.int64]:
+def flat_column(dataset: Dataset, name: str) -> npt.NDArray[np.int64]:
     """Return a column as one array; rows of a list column follow each other without a gap."""
-    column = features.data.column(name).combine_chunks()
+    column = dataset.data.column(name).combine_chunks()
     values = column.flatten() if name in ROW_LENGTHS else column
     return np.asarray(values.to_numpy(zero_copy_only=False), np.int64)
 

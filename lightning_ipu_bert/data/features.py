@@ -12,49 +12,24 @@ Letters in shapes: Q questions, P passages, F features (windows), T tokens of al
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any, Dict, Iterator, NamedTuple, Sequence, Tuple
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_ipu_bert.data.questions import Question, QuestionSet
+from lightning_ipu_bert.data.settings import SPECIAL_TOKENS, Windowing
+from lightning_ipu_bert.data.tokenized import (
+    IntArray,
+    TokenizedTexts,
+    encode,
+    plain_encoder,
+    ranges,
+    starts_of,
+)
 from lightning_ipu_bert.errors import UserError
-
-IntArray = npt.NDArray[np.int64]
-
-SPECIAL_TOKENS = 3
-"""[CLS], [SEP] after the question and [SEP] after the passage."""
 
 QUESTIONS_PER_CHUNK = 4096
 """Bounds the memory of one chunk to some hundred megabytes and moves the progress bar often."""
-
-
-class Windowing(NamedTuple):
-    """How long passages are cut. Source: Devlin et al., BERT's run_squad.py (max_seq_length)."""
-
-    max_length: int = 384
-    """Tokens in a feature, special tokens included."""
-    doc_stride: int = 128
-    """Passage tokens that two neighbouring windows share."""
-
-
-class TokenizedTexts(NamedTuple):
-    """Texts as one long row of tokens, e.g. [A B C | D E] for two texts."""
-
-    ids: IntArray
-    """[T]: token ids, without special tokens."""
-    counts: IntArray
-    """[texts]: tokens of each text."""
-    char_starts: IntArray
-    """[T]: first character of each token, counted in its own text."""
-    char_ends: IntArray
-    """[T]: character after the last of each token."""
-
-    @property
-    def firsts(self) -> IntArray:
-        """[texts]: index of each text's first token."""
-        return starts_of(self.counts)
 
 
 class TokenSpans(NamedTuple):
@@ -68,21 +43,6 @@ class TokenSpans(NamedTuple):
     start_high: IntArray
     end_low: IntArray
     end_high: IntArray
-
-
-def check_windowing(windowing: Windowing) -> None:
-    """Refuse a window in which no question of any length could be followed by a new passage token.
-
-    Raises:
-        UserError: If the stride does not leave room for special tokens and one question token.
-    """
-    longest = windowing.max_length - SPECIAL_TOKENS - 2
-    if not 0 <= windowing.doc_stride <= longest:
-        raise UserError(
-            f"doc_stride={windowing.doc_stride} does not fit max_length={windowing.max_length}: "
-            "windows must move on and hold a question too. "
-            f"Set doc_stride to 0..{max(longest, 0)}, or a larger max_length."
-        )
 
 
 def features_in_chunks(
@@ -114,30 +74,6 @@ def features_in_chunks(
             len(questions),
             build_features(asked, passages, passage_of, spans, windowing, special, first),
         )
-
-
-def plain_encoder(tokenizer: Any) -> Any:
-    """Return a copy of the fast tokenizer's engine that neither truncates nor pads.
-
-    Checkpoints may carry both settings in their tokenizer.json (sentence-transformers' do).
-    """
-    from tokenizers import Tokenizer
-
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.no_truncation()
-    encoder.no_padding()
-    return encoder
-
-
-def encode(encoder: Any, texts: Sequence[str]) -> TokenizedTexts:
-    """Tokenise texts, without special tokens."""
-    encodings = encoder.encode_batch(list(texts), add_special_tokens=False)
-    counts = np.array([len(e) for e in encodings], np.int64)
-    total = int(counts.sum())
-    ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, total)
-    offsets = chain.from_iterable(chain.from_iterable(e.offsets for e in encodings))
-    chars = np.fromiter(offsets, np.int64, 2 * total).reshape(-1, 2)
-    return TokenizedTexts(ids, counts, chars[:, 0], chars[:, 1])
 
 
 def _check_lengths(
@@ -289,14 +225,3 @@ def smallest_spans(
     # Where one character became several tokens the two may cross: one token covers it all.
     start = np.minimum(start, end)
     return np.where(held, start, -1), np.where(held, end, -1)
-
-
-def starts_of(counts: IntArray) -> IntArray:
-    """Return where each of several rows begins when they stand one behind the other."""
-    return np.cumsum(counts) - counts
-
-
-def ranges(first: IntArray, counts: IntArray) -> IntArray:
-    """Return ``first[i], first[i] + 1, ...`` for ``counts[i]`` numbers, one i after the other."""
-    within = np.arange(int(counts.sum())) - np.repeat(starts_of(counts), counts)
-    return np.repeat(first, counts) + within

@@ -111,12 +111,14 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]  # not generic 
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches of the epoch, less those that were done before the run was resumed."""
-        self._epoch, self._batches = getattr(self.sampler, "epoch", 0), 0
+        sampler = self.sampler
+        self._epoch = sampler.epoch if isinstance(sampler, DistributedSampler) else 0
+        self._batches = 0
         state, self._resume_from = self._resume_from, None
-        if isinstance(self.sampler, TrainingSampler):
+        if isinstance(sampler, TrainingSampler):
             if state and state["epoch"] == self._epoch and state["batches"] < len(self):
                 self._batches = state["batches"]
-            self.sampler.skip(self._batches * int(self.batch_size or 1))
+            sampler.skip(self._batches * int(self.batch_size or 1))
         for batch in super().__iter__():
             self._batches += 1
             yield batch

@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_ipu_bert.data import quickstart
-from lightning_ipu_bert.data.answers import AnswerRules, Answers, Windows, decode, join_logits
-from lightning_ipu_bert.data.feature_cache import cached_features, default_cache_dir
-from lightning_ipu_bert.data.features import Windowing, check_windowing
-from lightning_ipu_bert.data.formats.records import Rules, read_files, read_hub
+from lightning_ipu_bert.data.answers import AnswerRules, Answers, Windows, decode
+from lightning_ipu_bert.data.feature_cache import default_cache_dir
 from lightning_ipu_bert.data.loaders import Collator, ResumableDataLoader, TrainingSampler
+from lightning_ipu_bert.data.logits import join_logits
 from lightning_ipu_bert.data.metrics import squad_scores
-from lightning_ipu_bert.data.questions import QuestionSet
-from lightning_ipu_bert.data.tokenizer import load_tokenizer
-from lightning_ipu_bert.errors import UserError
-from lightning_ipu_bert.files import built_once
+from lightning_ipu_bert.data.records import Rules
+from lightning_ipu_bert.data.settings import data_rules, settings_of
+from lightning_ipu_bert.data.sources import Sources
+from lightning_ipu_bert.data.splits import SPLITS, Split, Splits
 from lightning_ipu_bert.pipeline.facts import facts_of
+from lightning_ipu_bert.pipeline.rules import count_rule, enforce
 
 Files = Union[str, List[str], None]
-
-SPLITS_OF = {
-    "fit": ("train", "validation"),
-    "validate": ("validation",),
-    "test": ("test",),
-    "predict": ("predict",),
-}
-"""The splits that each verb of the Trainer reads."""
-
-
-class Split(NamedTuple):
-    """One split, ready for use."""
-
-    question_set: QuestionSet
-    features: Any
-    """A `datasets.Dataset`: see `feature_cache.cached_features`."""
 
 
 class SquadDataModule(pl.LightningDataModule):
@@ -111,43 +93,29 @@ class SquadDataModule(pl.LightningDataModule):
         """
         super().__init__()
         self.save_hyperparameters()
-        self.files = {
-            "train": train_file,
-            "validation": validation_file,
-            "test": test_file,
-            "predict": predict_file,
-        }
-        self.hub_splits = {
-            "train": train_split,
-            "validation": validation_split,
-            "test": test_split,
-            "predict": predict_split,
-        }
-        self.windowing = Windowing(max_length, doc_stride)
+        settings = settings_of(self.hparams)
+        enforce(data_rules(settings))
+        for name in ("max_answer_length", "n_best"):
+            enforce(count_rule(name, self.hparams[name]))
         self.answer_rules = AnswerRules(max_answer_length, n_best, version_2, null_score_threshold)
-        check_windowing(self.windowing)
-        for name in ("micro_batch_size", "eval_micro_batch_size", "max_answer_length", "n_best"):
-            if self.hparams[name] < 1:
-                raise UserError(f"{name}={self.hparams[name]} must be at least 1.")
-        self._tokenizer: Any = None
-        self._question_sets: Dict[str, QuestionSet] = {}
-        self._splits: Dict[str, Split] = {}
+        self.splits = Splits(
+            Sources(
+                {name: _paths(self.hparams[f"{name}_file"]) for name in SPLITS},
+                dataset_name,
+                dataset_config_name,
+                {name: self.hparams[f"{name}_split"] for name in SPLITS},
+                Path(cache_dir or default_cache_dir()),
+            ),
+            settings.windowing,
+            tokenizer_name_or_path,
+            Rules(version_2, skip_misplaced_answers=skip_misplaced_answers),
+        )
         self._resume_from: Optional[Dict[str, int]] = None
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer, loaded when it is first asked for."""
-        if self._tokenizer is None:
-            name = self.hparams["tokenizer_name_or_path"]
-            if name is None and self.hparams["dataset_name"] == quickstart.NAME:
-                name = str(self._quickstart_folder() / "tokenizer")
-            if name is None:
-                raise UserError(
-                    "No tokenizer is known. Give --data.tokenizer_name_or_path, or a model by "
-                    "--model.model_name_or_path, whose tokenizer is then used."
-                )
-            self._tokenizer = load_tokenizer(name)
-        return self._tokenizer
+        return self.splits.tokenizer
 
     def split(self, name: str) -> Split:
         """Return 'train', 'validation', 'test' or 'predict'; it is read when first asked for.
@@ -155,17 +123,7 @@ class SquadDataModule(pl.LightningDataModule):
         Raises:
             UserError: If there are no such data, or they break a rule of the format.
         """
-        if name not in self._splits:
-            question_set = self._questions(name)
-            features = cached_features(
-                question_set, self.tokenizer, self.windowing, self._cache_dir, f"Features ({name})"
-            )
-            self._splits[name] = Split(question_set, features)
-        return self._splits[name]
-
-    def has_split(self, name: str) -> bool:
-        """Say whether a file or a data set is given for a split."""
-        return bool(self.files[name] or self.hparams["dataset_name"])
+        return self.splits.features(name)
 
     def prepare_data(self) -> None:
         """Build the caches, in one process of each machine."""
@@ -178,7 +136,7 @@ class SquadDataModule(pl.LightningDataModule):
         Raises:
             UserError: If the data are missing or wrong.
         """
-        for name in self._needed(stage):
+        for name in self.splits.needed(stage):
             self.split(name)
 
     def read(self, verb: str) -> None:
@@ -187,8 +145,8 @@ class SquadDataModule(pl.LightningDataModule):
         Raises:
             UserError: If the data are missing or wrong.
         """
-        for name in self._needed(verb):
-            self._questions(name)
+        for name in self.splits.needed(verb):
+            self.splits.questions(name)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of micro-batches of features, in the order of `TrainingSampler`."""
@@ -210,7 +168,7 @@ class SquadDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> Union[DataLoader[Any], Tuple[()]]:
         """Return batches of `eval_micro_batch_size` validation features, or none."""
-        return self._eval_loader("validation") if self.has_split("validation") else ()
+        return self._eval_loader("validation") if self.splits.sources.has("validation") else ()
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return batches of `eval_micro_batch_size` test features."""
@@ -259,44 +217,9 @@ class SquadDataModule(pl.LightningDataModule):
         """Micro-batches in a batch: above 1 under strategies that accumulate by themselves."""
         return facts_of(self.trainer).micro_batches_per_batch
 
-    @property
-    def _cache_dir(self) -> Path:
-        return Path(self.hparams["cache_dir"] or default_cache_dir())
-
-    def _quickstart_folder(self) -> Path:
-        code = hashlib.sha256(Path(quickstart.__file__).read_bytes()).hexdigest()[:8]
-        return built_once(self._cache_dir / f"quickstart-{code}", quickstart.write_quickstart)
-
-    def _needed(self, verb: str) -> List[str]:
-        optional = ["validation"] if verb == "fit" else []
-        return [name for name in SPLITS_OF[verb] if self.has_split(name) or name not in optional]
-
-    def _questions(self, split: str) -> QuestionSet:
-        if split not in self._question_sets:
-            self._question_sets[split] = self._read(split)
-        return self._question_sets[split]
-
-    def _read(self, split: str) -> QuestionSet:
-        rules = Rules(
-            self.hparams["version_2"], split != "predict", self.hparams["skip_misplaced_answers"]
-        )
-        files, dataset_name = self.files[split], self.hparams["dataset_name"]
-        if files:
-            return read_files([files] if isinstance(files, str) else files, rules)
-        if dataset_name == quickstart.NAME:
-            file = "train.json" if split == "train" else "validation.json"
-            return read_files([str(self._quickstart_folder() / file)], rules)
-        if dataset_name:
-            config = self.hparams["dataset_config_name"]
-            return read_hub(dataset_name, config, self.hub_splits[split], rules)
-        raise UserError(
-            f"There are no data for the split '{split}'. Give --data.{split}_file or "
-            f"--data.dataset_name, or run --config quickstart.yaml, which needs none."
-        )
-
     def _loader(self, features: Any, batch_size: int, sampler: Any = None) -> ResumableDataLoader:
         fixed = self.hparams["pad_to_max_length"] or facts_of(self.trainer).static_shapes
-        length = self.windowing.max_length if fixed else None
+        length = self.hparams["max_length"] if fixed else None
         return ResumableDataLoader(
             features,
             batch_size=batch_size,  # by name: Lightning makes loaders anew for `predict`
@@ -311,3 +234,7 @@ class SquadDataModule(pl.LightningDataModule):
     def _eval_loader(self, split: str) -> DataLoader[Any]:
         batch_size = self.hparams["eval_micro_batch_size"] * self._micro_batches
         return self._loader(self.split(split).features, batch_size)
+
+
+def _paths(files: Files) -> Tuple[str, ...]:
+    return (files,) if isinstance(files, str) else tuple(files or ())

@@ -17,7 +17,7 @@ LONGEST_EXAMPLE = 600
 def ask_hint(trainer: Trainer, path: str) -> List[str]:
     """Return a command line that asks a checkpoint a question of the validation set."""
     data, question, passage = datamodule_of(trainer), "...", "..."
-    if isinstance(data, SquadDataModule) and data.has_split("validation"):
+    if isinstance(data, SquadDataModule) and data.splits.sources.has("validation"):
         question_set = data.split("validation").question_set
         first = question_set.questions[0]
         if len(question_set.passage_of(first)) <= LONGEST_EXAMPLE:

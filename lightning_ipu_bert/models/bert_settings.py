@@ -54,7 +54,9 @@ def _config_file(name_or_path: str) -> Path:
     return Path(hf_hub_download(name_or_path, "config.json"))
 
 
-def data_rules(settings: BertSettings, tokenizer_size: int, max_length: int) -> Iterator[Violation]:
+def input_rules(
+    settings: BertSettings, tokenizer_size: int, max_length: int
+) -> Iterator[Violation]:
     """The model has an embedding for every token, and a position for every one of a window."""
     if tokenizer_size > settings.vocab_size:
         yield Violation(

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_ipu_bert._compat.lightning import datamodule_of
-from lightning_ipu_bert.data.answers import join_logits
+from lightning_ipu_bert.data.logits import join_logits
 from lightning_ipu_bert.data.squad import SquadDataModule
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.files import written_atomically

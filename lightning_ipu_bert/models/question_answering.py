@@ -18,7 +18,7 @@ from lightning_ipu_bert.data.tokenizer import tokenizer_from_files, tokenizer_to
 from lightning_ipu_bert.models.ask_hint import ask_hint
 from lightning_ipu_bert.models.bert import SpanLogits, run_blocks, span_loss
 from lightning_ipu_bert.models.bert_network import architecture_of, build_network
-from lightning_ipu_bert.models.bert_settings import LABELS, BertSettings, bert_blocks, data_rules
+from lightning_ipu_bert.models.bert_settings import LABELS, BertSettings, bert_blocks, input_rules
 from lightning_ipu_bert.pipeline.facts import facts_of
 from lightning_ipu_bert.pipeline.progress import progress_rules
 from lightning_ipu_bert.pipeline.protocol import PipelineModule
@@ -91,8 +91,6 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         self._scores: Dict[str, float] = {}
         self._scores_step = -1
 
-    # --- network --------------------------------------------------------------------------------
-
     def forward(
         self,
         input_ids: Tensor,
@@ -131,8 +129,6 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         network.load_state_dict(self.state_dict())
         network.train(False)
         return network
-
-    # --- steps ----------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
@@ -180,8 +176,6 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         if not self.trainer.sanity_checking:
             self._scores, self._scores_step = scores, self.trainer.global_step
 
-    # --- optimization ---------------------------------------------------------------------------
-
     def configure_optimizers(self) -> Any:
         """Return AdamW and a learning rate that changes with every update."""
         optimizer = torch.optim.AdamW(
@@ -195,17 +189,14 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr-AdamW"},
         }
 
-    # --- around the run -------------------------------------------------------------------------
-
     def setup(self, stage: str) -> None:
         """Take the data's tokenizer, and make saving atomic."""
         data = datamodule_of(self.trainer)
         if isinstance(data, SquadDataModule):
             self.tokenizer = data.tokenizer
             sizes = {name: vars(self.bert_config)[name] for name in BertSettings._fields}
-            enforce(
-                data_rules(BertSettings(**sizes), len(data.tokenizer), data.windowing.max_length)
-            )
+            max_length = data.splits.windowing.max_length
+            enforce(input_rules(BertSettings(**sizes), len(data.tokenizer), max_length))
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO()

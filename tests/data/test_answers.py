@@ -7,11 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lightning_ipu_bert.data.answers import AnswerRules, Logits, Windows, decode, join_logits
+from lightning_ipu_bert.data.answers import AnswerRules, Windows, decode
 from lightning_ipu_bert.data.feature_cache import build_dataset
-from lightning_ipu_bert.data.features import Windowing
-from lightning_ipu_bert.data.formats.records import Rules, read_files
+from lightning_ipu_bert.data.formats import read_files
+from lightning_ipu_bert.data.logits import Logits, join_logits
 from lightning_ipu_bert.data.questions import Question, QuestionSet
+from lightning_ipu_bert.data.records import Rules
+from lightning_ipu_bert.data.settings import Windowing
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from bench_answers import imitated_logits, passage_logits, usual_loop, with_offset_mapping

@@ -9,9 +9,10 @@ from transformers import AutoTokenizer
 
 from lightning_ipu_bert.data import feature_cache
 from lightning_ipu_bert.data.feature_cache import cache_key, cached_features
-from lightning_ipu_bert.data.features import Windowing
-from lightning_ipu_bert.data.formats.records import Rules, read_files
+from lightning_ipu_bert.data.formats import read_files
 from lightning_ipu_bert.data.questions import Answer, Question, QuestionSet
+from lightning_ipu_bert.data.records import Rules
+from lightning_ipu_bert.data.settings import Windowing
 
 WINDOWING = Windowing(64, 16)
 
@@ -49,7 +50,7 @@ def test_the_key_changes_with_whatever_shapes_a_feature(quickstart, tokenizer, m
         cache_key(small(), tokenizer, Windowing(65, 16)),
         cache_key(small(), tokenizer, Windowing(64, 17)),
     ]
-    monkeypatch.setattr(feature_cache.features_module, "__file__", __file__)
+    monkeypatch.setattr(feature_cache.features, "__file__", __file__)
     keys.append(cache_key(small(), tokenizer, WINDOWING))
     assert len(set(keys)) == len(keys)
 

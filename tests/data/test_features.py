@@ -6,15 +6,13 @@ from transformers import AutoTokenizer
 
 from lightning_ipu_bert import UserError
 from lightning_ipu_bert.data.feature_cache import build_dataset, flat_column
-from lightning_ipu_bert.data.features import (
-    TokenizedTexts,
-    Windowing,
-    answer_token_spans,
-    check_windowing,
-    smallest_spans,
-)
-from lightning_ipu_bert.data.formats.records import Rules, read_files
+from lightning_ipu_bert.data.features import answer_token_spans, smallest_spans
+from lightning_ipu_bert.data.formats import read_files
 from lightning_ipu_bert.data.questions import Answer, Question, QuestionSet
+from lightning_ipu_bert.data.records import Rules
+from lightning_ipu_bert.data.settings import Windowing, windowing_rules
+from lightning_ipu_bert.data.tokenized import TokenizedTexts
+from lightning_ipu_bert.pipeline.rules import enforce
 
 
 def usual_features(tokenizer, question_set, windowing):
@@ -157,7 +155,7 @@ def test_a_long_question_is_fine_where_the_passage_needs_no_second_window(quicks
 @pytest.mark.parametrize("windowing", [Windowing(384, 384), Windowing(32, 28), Windowing(32, -1)])
 def test_a_stride_that_does_not_fit_is_refused_with_those_that_do(windowing):
     with pytest.raises(UserError, match=r"doc_stride=.* Set doc_stride to 0\.\."):
-        check_windowing(windowing)
+        enforce(windowing_rules(windowing))
 
 
 def test_a_passage_that_the_tokenizer_does_not_see_is_named(quickstart):

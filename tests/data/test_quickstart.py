@@ -8,14 +8,16 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
-from lightning_ipu_bert.data.quickstart import (
+from lightning_ipu_bert.data.quickstart.corpus import (
     FIRM_ENDINGS,
     INTRODUCTIONS,
     OTHER_WORDS,
     RELATIONS,
-    VOCABULARY_SIZE,
     quickstart_corpus,
     texts,
+)
+from lightning_ipu_bert.data.quickstart.folder import (
+    VOCABULARY_SIZE,
     train_tokenizer,
     write_quickstart,
 )
@@ -66,7 +68,8 @@ def test_question_ids_are_unique(corpus):
 def test_same_seed_gives_the_same_files_in_another_process(tmp_path):
     script = (
         "import hashlib, json, pathlib, sys\n"
-        "from lightning_ipu_bert.data.quickstart import *\n"
+        "from lightning_ipu_bert.data.quickstart.corpus import quickstart_corpus, texts\n"
+        "from lightning_ipu_bert.data.quickstart.folder import train_tokenizer\n"
         "corpus = quickstart_corpus(300, seed=0, held_out=False)\n"
         "train_tokenizer(texts(corpus), pathlib.Path(sys.argv[1]))\n"
         "print(hashlib.sha256(json.dumps(corpus).encode()).hexdigest())\n"

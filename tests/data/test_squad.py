@@ -94,8 +94,8 @@ def test_a_tokenizer_that_is_none_is_named(quickstart):
     ("changes", "message"),
     [
         ({"doc_stride": 128}, "doc_stride=128 does not fit max_length=128"),
-        ({"micro_batch_size": 0}, "micro_batch_size=0 must be at least 1"),
-        ({"max_answer_length": 0}, "max_answer_length=0 must be at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0 must be a whole number of at least 1"),
+        ({"max_answer_length": 0}, "max_answer_length=0 must be a whole number of at least 1"),
     ],
 )
 def test_bad_numbers_are_refused(make_data, changes, message):

@@ -224,7 +224,7 @@ def test_fit_twice_validate_after_fit_and_test(make_module, make_data, tmp_path)
     trainer.fit_loop.epoch_loop.max_steps = 4
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == 4
-    tested = make_data(test_file=data.files["validation"])
+    tested = make_data(test_file=list(data.splits.sources.files["validation"]))
     assert "test/f1" in trainer.test(module, datamodule=tested)[0]
 
 

@@ -3,7 +3,9 @@ import json
 import pytest
 
 from lightning_ipu_bert import UserError
-from lightning_ipu_bert.data.formats.records import Rules, read_files, read_hub
+from lightning_ipu_bert.data import hub
+from lightning_ipu_bert.data.formats import read_files
+from lightning_ipu_bert.data.records import Rules, collect
 
 CONTEXT = "Ada was born in London. She wrote the first program."
 
@@ -156,7 +158,7 @@ def hub_folder(tmp_path):
 
 
 def test_a_hub_data_set_reads_like_a_file(hub_folder):
-    result = read_hub(hub_folder, None, "validation", Rules())
+    result = collect(hub.records(hub_folder, None, "validation"), Rules())
     assert [q.id for q in result.questions] == ["validation0", "validation1"]
     assert result.passages == [CONTEXT]
     assert result.questions[0].answers[0].start == 16
@@ -164,16 +166,16 @@ def test_a_hub_data_set_reads_like_a_file(hub_folder):
 
 def test_an_unknown_split_is_named_with_the_known_ones(hub_folder):
     with pytest.raises(UserError, match=r"no split 'dev'; it has \['train', 'validation'\]"):
-        read_hub(hub_folder, None, "dev", Rules())
+        collect(hub.records(hub_folder, None, "dev"), Rules())
 
 
 def test_an_unknown_data_set_is_one_line():
     with pytest.raises(UserError, match=r"Data set '\./no/such/folder' cannot be loaded") as caught:
-        read_hub("./no/such/folder", None, "train", Rules())
+        collect(hub.records("./no/such/folder", None, "train"), Rules())
     assert "\n" not in str(caught.value)
 
 
 def test_missing_columns_are_named(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"id": "1", "text": "x"}', "utf8")
     with pytest.raises(UserError, match=r"lacks the columns \['question', 'context'\]"):
-        read_hub(str(tmp_path), None, "train", Rules())
+        collect(hub.records(str(tmp_path), None, "train"), Rules())

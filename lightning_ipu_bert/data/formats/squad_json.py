@@ -1,0 +1,71 @@
+"""SQuAD's own format, v1.1 and v2.0: articles of paragraphs of questions, as one JSON object."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Iterator, List, Optional
+
+from lightning_ipu_bert.data.file_format import FileFormat
+from lightning_ipu_bert.data.questions import Answer
+from lightning_ipu_bert.data.records import Record
+from lightning_ipu_bert.errors import UserError
+
+
+def records(path: str) -> Iterator[Record]:
+    """Yield the questions of a SQuAD file, v1.1 or v2.0.
+
+    Raises:
+        UserError: If the file is missing, is not JSON, or has another shape.
+    """
+    name = Path(path).name
+    for a, article in enumerate(_field(_load_json(path), "data", list, path)):
+        for p, paragraph in enumerate(_field(article, "paragraphs", list, f"{name}: data[{a}]")):
+            place = f"{name}: data[{a}].paragraphs[{p}]"
+            context = _field(paragraph, "context", str, place)
+            for q, qa in enumerate(_field(paragraph, "qas", list, place)):
+                yield _qa_record(qa, context, f"{place}.qas[{q}]")
+
+
+def _load_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file. Check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). Give a readable text file.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: line {error.lineno}, column {error.colno} is not JSON ({error.msg}). "
+            "Give a file in the official SQuAD format."
+        ) from None
+
+
+def _field(holder: Any, key: str, kind: type, place: str) -> Any:
+    value = holder.get(key) if isinstance(holder, dict) else None
+    if not isinstance(value, kind):
+        names = {list: "a list", str: "a text", int: "a whole number"}
+        raise UserError(
+            f"{place}: '{key}' is missing or is not {names[kind]}. The official SQuAD format is "
+            "data[].paragraphs[].{context, qas[].{id, question, answers[].{text, answer_start}}}."
+        )
+    return value
+
+
+def _qa_record(qa: Any, context: str, place: str) -> Record:
+    answers: Optional[List[Answer]] = None
+    if isinstance(qa, dict) and ("answers" in qa or qa.get("is_impossible")):
+        # SQuAD v2.0 files list a plausible but wrong answer under another key; it never counts.
+        listed = [] if qa.get("is_impossible") else _field(qa, "answers", list, place)
+        answers = [
+            Answer(
+                _field(answer, "text", str, f"{place}.answers[{i}]"),
+                _field(answer, "answer_start", int, f"{place}.answers[{i}]"),
+            )
+            for i, answer in enumerate(listed)
+        ]
+    question = _field(qa, "question", str, place)
+    return Record(place, _field(qa, "id", str, place), question, context, answers)
+
+
+FORMAT = FileFormat((".json",), records)

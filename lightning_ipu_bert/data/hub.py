@@ -1,0 +1,59 @@
+"""Data sets of the Hugging Face hub, and local folders of the same form."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Iterator, Optional
+
+from lightning_ipu_bert.data.questions import Answer
+from lightning_ipu_bert.data.records import Record
+from lightning_ipu_bert.errors import UserError
+
+
+def records(name: str, config: Optional[str], split: str) -> Iterator[Record]:
+    """Yield the questions of a data set with SQuAD's columns, through `datasets.load_dataset`.
+
+    Args:
+        name: Hub name or local folder, e.g. ``squad`` or ``squad_v2``.
+        config: Configuration of the data set, if it has several.
+        split: Split of the data set, e.g. ``validation``.
+
+    Raises:
+        UserError: If data set or split are unknown, or a column is missing.
+    """
+    dataset = _load_hub(name, config, split)
+    missing = [c for c in ("id", "question", "context") if c not in dataset.column_names]
+    if missing:
+        raise UserError(
+            f"Data set '{name}' lacks the columns {missing}; it has {dataset.column_names}. "
+            "Give one with SQuAD's columns: id, question, context, answers."
+        )
+    for row, item in enumerate(dataset):
+        answers = item.get("answers")
+        listed = answers and list(zip(answers["text"], answers["answer_start"]))
+        known = None if answers is None else [Answer(text, start) for text, start in listed]
+        place = f"{name}[{split}][{row}]"
+        yield Record(place, str(item["id"]), item["question"], item["context"], known)
+
+
+def _load_hub(name: str, config: Optional[str], split: str) -> Any:
+    import datasets  # takes a second to import
+
+    splits = _explained(name, lambda: datasets.get_dataset_split_names(name, config))
+    if split not in splits:
+        raise UserError(
+            f"Data set '{name}' has no split '{split}'; it has {sorted(splits)}. "
+            "Name one of them, e.g. --data.train_split."
+        )
+    return _explained(name, lambda: datasets.load_dataset(name, config, split=split))
+
+
+def _explained(name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        # `datasets` has a family of errors for one cause; its own first line says which.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"Data set '{name}' cannot be loaded: {reason} Check the name, or give files with "
+            "--data.train_file and --data.validation_file."
+        ) from error

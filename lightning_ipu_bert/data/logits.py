@@ -1,0 +1,52 @@
+"""Logits: what a model says of windows, collected from batches of different length.
+
+Letters in shapes: F windows, S sequence length, B windows of a batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Iterable, NamedTuple, Tuple
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+class Logits(NamedTuple):
+    """What a model says of some windows, in any order."""
+
+    features: IntArray
+    """[F]: index of each window's feature."""
+    starts: FloatArray
+    """[F, S]"""
+    ends: FloatArray
+    """[F, S]"""
+
+    def part(self, first: int, behind: int) -> Logits:
+        """Return the windows `first` to `behind` - 1."""
+        rows = slice(first, behind)
+        return Logits(self.features[rows], self.starts[rows], self.ends[rows])
+
+
+def join_logits(parts: Iterable[Tuple[Any, Any, Any]]) -> Logits:
+    """Put the logits of batches of different length into one array, each window once.
+
+    Args:
+        parts: Feature indices [B], start logits [B, S] and end logits [B, S] of each batch. A
+            window that came twice (samplers of several processes repeat some) counts once.
+    """
+    batches = [tuple(np.asarray(x) for x in part) for part in parts]
+    width = max((starts.shape[1] for _, starts, _ in batches), default=0)
+
+    def stack(which: int) -> FloatArray:
+        padded = [
+            np.pad(b[which], ((0, 0), (0, width - b[which].shape[1])), constant_values=-np.inf)
+            for b in batches
+        ]
+        return np.concatenate(padded).astype(np.float32) if padded else np.zeros((0, 0), np.float32)
+
+    features = np.concatenate([b[0] for b in batches]) if batches else np.zeros(0)
+    unique, where = np.unique(features.astype(np.int64), return_index=True)
+    return Logits(unique, stack(1)[where], stack(2)[where])
