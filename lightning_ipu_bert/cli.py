@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
 
 from lightning_ipu_bert._compat.lightning import PlainCLI
 from lightning_ipu_bert.checkpoint_file import ORIGIN_KEY, read_checkpoint
@@ -52,6 +53,7 @@ def find_config(name: str) -> str:
 class ConfigFile(ActionConfigFile):
     """`--config`: a file, or the name of a shipped config."""
 
+    @override
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
         """Apply a config."""
         super().__call__(parser, cfg, find_config(values), option_string)  # type: ignore[no-untyped-call]
@@ -76,6 +78,7 @@ class QuestionAnsweringCLI(PlainCLI):
             args=args,
         )
 
+    @override
     def init_parser(self, **kwargs: Any) -> Parser:
         """Return a parser that knows the shipped configs."""
         parser = Parser(**kwargs)
@@ -84,10 +87,12 @@ class QuestionAnsweringCLI(PlainCLI):
         )
         return parser
 
+    @override
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Add the options of the prediction files."""
         parser.add_lightning_class_args(PredictionWriter, "predictions")
 
+    @override
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse, then let a checkpoint decide what belongs to it."""
         self.config = parser.parse_args(args)
@@ -99,6 +104,7 @@ class QuestionAnsweringCLI(PlainCLI):
         if options.data.tokenizer_name_or_path is None:
             options.data.tokenizer_name_or_path = options.model.model_name_or_path
 
+    @override
     def instantiate_classes(self) -> None:
         """Build model, data and Trainer; what they refuse is the user's to change."""
         try:

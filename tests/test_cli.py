@@ -167,7 +167,9 @@ def test_what_cannot_be_a_pipeline_is_refused_before_processes_start(
 
 
 def test_a_torch_without_pipelines_is_refused(run, refused, monkeypatch):
-    monkeypatch.setattr("lightning_ipu_bert.strategies.checks.has_pipelining", lambda: False)
+    monkeypatch.setattr(
+        "lightning_ipu_bert.strategies.distributed.checks.has_pipelining", lambda: False
+    )
     line = refused("fit", "--config=quickstart", *run.data)
     assert f"torch {torch.__version__} is too old for a pipeline" in line
     words = line[line.index("--trainer") : -1]  # what it advises works
@@ -189,7 +191,7 @@ def test_what_is_no_checkpoint_is_refused(run, refused, tmp_path):
         "ask --model broken.ckpt --question Q --context C",
         "validate --config quickstart --ckpt_path broken.ckpt",
     ):
-        assert "'broken.ckpt' is no checkpoint" in refused(*shlex.split(command))
+        assert "'broken.ckpt' is not a checkpoint" in refused(*shlex.split(command))
 
 
 def test_validate_and_test_need_only_the_checkpoint(run, trained, quickstart):

@@ -27,6 +27,7 @@ from lightning.pytorch.strategies.launchers import (
 from lightning.pytorch.trainer.call import _interrupt
 from lightning.pytorch.utilities.data import _update_dataloader
 from torch.utils.data import DataLoader, Sampler
+from typing_extensions import override
 
 # The launchers are how Lightning starts ranks (pytorch/strategies/launchers); every strategy of its
 # own uses them, and there are no public ones.
@@ -60,8 +61,12 @@ def trainer_of(module: Optional[LightningModule]) -> Optional[Trainer]:
 
 
 def datamodule_of(trainer: Trainer) -> Optional[LightningDataModule]:
-    """Return a Trainer's data module; the attribute is set by the data connector, untyped."""
-    return getattr(trainer, "datamodule", None)
+    """Return a Trainer's data module; the attribute is there only where a run was given one."""
+    try:
+        datamodule: LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    except AttributeError:
+        return None
+    return datamodule
 
 
 def set_device(module: LightningModule, device: torch.device) -> None:
@@ -179,9 +184,11 @@ def count_saved_batch(checkpoint: Dict[str, Any]) -> None:
 class PlainCLI(LightningCLI):
     """LightningCLI without two things that our checkpoints do not want (pytorch/cli.py)."""
 
+    @override
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning 2.6 lets the checkpoint win over the command line in silence."""
 
+    @override
     def _add_instantiators(self) -> None:
         """Do nothing: our hyperparameters are plain, `load_from_checkpoint` needs no parser."""
 

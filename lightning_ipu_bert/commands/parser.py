@@ -6,6 +6,7 @@ import sys
 from typing import Any, NoReturn, Optional
 
 from lightning.pytorch.cli import LightningArgumentParser
+from typing_extensions import override
 
 
 def exit_with(message: str) -> NoReturn:
@@ -17,6 +18,7 @@ def exit_with(message: str) -> NoReturn:
 class Parser(LightningArgumentParser):
     """Lightning's parser, without the sixty lines of usage before each error."""
 
+    @override
     def error(self, message: str, ex: Optional[Exception] = None) -> NoReturn:
         """Print the error alone; `--help` has the rest."""
         exit_with(message)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from typing_extensions import override
 
 
 class Collator:
@@ -84,6 +85,7 @@ class TrainingSampler(DistributedSampler):  # type: ignore[type-arg]  # not gene
         """Leave out the first features of the next epoch that is drawn."""
         self.skipped = count
 
+    @override
     def __iter__(self) -> Iterator[int]:
         """Draw this replica's features of the epoch."""
         generator = torch.Generator()
@@ -109,6 +111,7 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]  # not generic 
     _batches: int = 0
     _resume_from: Optional[Dict[str, int]] = None
 
+    @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches of the epoch, less those that were done before the run was resumed."""
         sampler = self.sampler

@@ -9,6 +9,7 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from lightning_ipu_bert.data.answers import AnswerRules, Answers, Windows, decode
 from lightning_ipu_bert.data.feature_cache import default_cache_dir
@@ -125,11 +126,13 @@ class SquadDataModule(pl.LightningDataModule):
         """
         return self.splits.features(name)
 
+    @override
     def prepare_data(self) -> None:
         """Build the caches, in one process of each machine."""
         verb = self.trainer.state.fn if self.trainer else None
         self.setup(str(verb.value) if verb else "fit")
 
+    @override
     def setup(self, stage: str) -> None:
         """Read the splits that a verb needs.
 
@@ -148,6 +151,7 @@ class SquadDataModule(pl.LightningDataModule):
         for name in self.splits.needed(verb):
             self.splits.questions(name)
 
+    @override
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of micro-batches of features, in the order of `TrainingSampler`."""
         features = self.split("train").features
@@ -166,18 +170,22 @@ class SquadDataModule(pl.LightningDataModule):
             loader.load_state_dict(self._resume_from)
         return loader
 
+    @override
     def val_dataloader(self) -> Union[DataLoader[Any], Tuple[()]]:
         """Return batches of `eval_micro_batch_size` validation features, or none."""
         return self._eval_loader("validation") if self.splits.sources.has("validation") else ()
 
+    @override
     def test_dataloader(self) -> DataLoader[Any]:
         """Return batches of `eval_micro_batch_size` test features."""
         return self._eval_loader("test")
 
+    @override
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return batches of `eval_micro_batch_size` features to predict."""
         return self._eval_loader("predict")
 
+    @override
     def state_dict(self) -> Dict[str, Any]:
         """Return the position in the training data, for a checkpoint.
 
@@ -194,6 +202,7 @@ class SquadDataModule(pl.LightningDataModule):
         state["batches"] -= progress.ready - progress.processed
         return {"train": state}
 
+    @override
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Let the next training loader go on where the checkpoint was saved."""
         self._resume_from = state_dict.get("train")

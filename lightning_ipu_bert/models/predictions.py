@@ -10,6 +10,7 @@ import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
 
 from lightning_ipu_bert._compat.lightning import datamodule_of
 from lightning_ipu_bert.data.logits import join_logits
@@ -39,6 +40,7 @@ class PredictionWriter(BasePredictionWriter):
         self.output_dir = output_dir
         self.write_logits = write_logits
 
+    @override
     def write_on_epoch_end(
         self,
         trainer: Trainer,

@@ -10,30 +10,29 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import BertConfig, BertForQuestionAnswering
+from typing_extensions import override
 
 from lightning_ipu_bert._compat.lightning import count_saved_batch, datamodule_of, trainer_of
 from lightning_ipu_bert.checkpoint_file import ORIGIN_KEY, SCORES_KEY, TOKENIZER_KEY
 from lightning_ipu_bert.data.squad import SquadDataModule
 from lightning_ipu_bert.data.tokenizer import tokenizer_from_files, tokenizer_to_files
-from lightning_ipu_bert.models.ask_hint import ask_hint
 from lightning_ipu_bert.models.bert import SpanLogits, run_blocks, span_loss
 from lightning_ipu_bert.models.bert_network import architecture_of, build_network
 from lightning_ipu_bert.models.bert_settings import LABELS, BertSettings, bert_blocks, input_rules
+from lightning_ipu_bert.models.squad_report import squad_report
 from lightning_ipu_bert.pipeline.facts import facts_of
 from lightning_ipu_bert.pipeline.progress import progress_rules
 from lightning_ipu_bert.pipeline.protocol import PipelineModule
 from lightning_ipu_bert.pipeline.rules import enforce
+from lightning_ipu_bert.training.callbacks import missing_callbacks
 from lightning_ipu_bert.training.checkpoint_io import AtomicCheckpointIO
 from lightning_ipu_bert.training.gather import all_gather_objects
-from lightning_ipu_bert.training.interrupts import SaveOnTermination, SignalsBetweenSteps
 from lightning_ipu_bert.training.optimizer import (
     decay_groups,
     learning_rate_schedule,
     optimizer_rules,
     warmup_steps,
 )
-from lightning_ipu_bert.training.random_states import RandomStates
-from lightning_ipu_bert.training.report import BatchSize, TrainingReport
 
 Batch = Dict[str, Tensor]
 BatchLogits = Tuple[Tensor, Tensor, Tensor]
@@ -91,6 +90,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         self._scores: Dict[str, float] = {}
         self._scores_step = -1
 
+    @override
     def forward(
         self,
         input_ids: Tensor,
@@ -105,20 +105,21 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
             token_type_ids: [B, S], 0 for the question and 1 for the passage.
         """
         given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        batch = {name: value for name, value in given.items() if value is not None}
-        logits: SpanLogits = self.stage_forward(
-            self.pipeline_blocks(), None, {"input_ids": input_ids, **batch}
-        )
+        batch = {"input_ids": input_ids, **{k: v for k, v in given.items() if v is not None}}
+        logits: SpanLogits = self.stage_forward(self.pipeline_blocks(), None, batch)
         return logits
 
+    @override
     def pipeline_blocks(self) -> List[str]:
         """Return embeddings, layers and head; see `PipelineModule`."""
         return bert_blocks(self.bert_config.num_hidden_layers)
 
+    @override
     def stage_forward(self, blocks: Sequence[str], hidden: Any, batch: Mapping[str, Tensor]) -> Any:
         """Run some blocks; see `run_blocks`."""
         return run_blocks(self, self.bert_config, blocks, hidden, batch)
 
+    @override
     def pipeline_loss(self, output: SpanLogits, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of a micro-batch; see `span_loss`."""
         return span_loss(output, batch)
@@ -127,9 +128,9 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         """Return Hugging Face's model with a copy of the weights."""
         network = BertForQuestionAnswering(self.bert_config)
         network.load_state_dict(self.state_dict())
-        network.train(False)
-        return network
+        return network.train(False)
 
+    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         loss: Tensor = self.run_loss(batch)
@@ -138,14 +139,17 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         self.log("lr", schedule.get_last_lr()[0], prog_bar=True)
         return loss
 
+    @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the loss and keep the logits for the scores."""
         self._evaluation_step(batch, "val")
 
+    @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Do as in validation, under test/."""
         self._evaluation_step(batch, "test")
 
+    @override
     def predict_step(self, batch: Batch, batch_idx: int) -> BatchLogits:
         """Return feature indices and logits; `PredictionWriter` turns them into answers."""
         return _on_host(batch, self.run_output(batch))
@@ -156,10 +160,12 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         self.log(f"{prefix}/loss", loss, prog_bar=True, batch_size=examples, sync_dist=True)
         self._logits.append(_on_host(batch, logits))
 
+    @override
     def on_validation_epoch_end(self) -> None:
         """Log val/exact_match and val/f1."""
         self._log_scores("val", "validation")
 
+    @override
     def on_test_epoch_end(self) -> None:
         """Log test/exact_match and test/f1."""
         self._log_scores("test", "test")
@@ -176,6 +182,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         if not self.trainer.sanity_checking:
             self._scores, self._scores_step = scores, self.trainer.global_step
 
+    @override
     def configure_optimizers(self) -> Any:
         """Return AdamW and a learning rate that changes with every update."""
         optimizer = torch.optim.AdamW(
@@ -189,6 +196,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr-AdamW"},
         }
 
+    @override
     def setup(self, stage: str) -> None:
         """Take the data's tokenizer, and make saving atomic."""
         data = datamodule_of(self.trainer)
@@ -201,16 +209,12 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO()
 
+    @override
     def configure_callbacks(self) -> List[pl.Callback]:
         """Return the callbacks that every run has, less those that this Trainer already has."""
-        report = TrainingReport(_size_of, ("val/exact_match", "val/f1"), ask_hint)
-        own: List[pl.Callback] = [RandomStates(), SaveOnTermination(), report]
-        if self.trainer.world_size == 1 and not facts_of(self.trainer).holds_interrupts:
-            own.append(SignalsBetweenSteps())
-        callbacks: List[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        present = {type(callback) for callback in callbacks}
-        return [callback for callback in own if type(callback) not in present]
+        return missing_callbacks(self.trainer, squad_report())
 
+    @override
     def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
         """Put architecture, tokenizer and scores into the checkpoint."""
         hyper_parameters = checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
@@ -222,6 +226,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         if self._scores_step == self.trainer.global_step:
             checkpoint[SCORES_KEY] = dict(self._scores)
 
+    @override
     def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
         """Take the tokenizer and the scores out of the checkpoint."""
         trainer = trainer_of(self)
@@ -238,10 +243,6 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
     def scores(self) -> Dict[str, float]:
         """The last scores of evaluation, by name."""
         return dict(self._scores)
-
-
-def _size_of(batch: Batch) -> BatchSize:
-    return BatchSize(len(batch["input_ids"]), batch["attention_mask"].sum())
 
 
 def _on_host(batch: Batch, logits: SpanLogits) -> BatchLogits:

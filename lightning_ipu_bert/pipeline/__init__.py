@@ -14,9 +14,9 @@ On ranks (`torch.distributed.pipelining`)::
 On IPUs (PopTorch)::
 
     YAML -> strategies/ipu/strategy.py            constructor; makes an IPUConfig
+         -> pipeline/ipu/fields.py                its name there, and its value by type of pod
          -> pipeline/ipu/config.py                rules of its values; a PipelineShape a program
          -> pipeline/plan.py                      resolve, once the module is known: Plan.stages
-         -> strategies/ipu/run.py                 hands the stages of each program to the tracing
          -> strategies/ipu/program/annotations.py places the blocks of a stage on an IPU
 
 Whoever else wants to know asks the plan.

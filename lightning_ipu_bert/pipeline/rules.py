@@ -9,6 +9,8 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Any, Iterable, Iterator, NamedTuple
 
+from typing_extensions import override
+
 from lightning_ipu_bert.errors import UserError
 
 
@@ -24,6 +26,7 @@ class Violation(NamedTuple):
     way_out: str
     """What to change, as sentences of their own."""
 
+    @override
     def __str__(self) -> str:
         """Return the violation in one line."""
         subject = self.field if self.value is None else f"{self.field}={self.value!r}"

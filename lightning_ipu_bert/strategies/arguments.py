@@ -10,7 +10,7 @@ from typing_extensions import Concatenate, ParamSpec
 
 from lightning_ipu_bert.pipeline.config import PipelineConfig
 from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
-from lightning_ipu_bert.pipeline.ipu.fields import PLAN_FIELDS, SPELLINGS, select
+from lightning_ipu_bert.pipeline.ipu.fields import PLAN_FIELDS, READ_BY_RANKS, select
 from lightning_ipu_bert.pipeline.ipu.file import read_values
 from lightning_ipu_bert.pipeline.rules import enforce, nearest
 
@@ -61,11 +61,10 @@ def pipeline_config(
     values = read_values(ipu_config)
     fields = IPUConfig.from_dict(values, pod_type, plan_fields(given, PLAN_FIELDS))
     written = select(values, vars(fields), pod_type)
-    read_here = {SPELLINGS.get(name, name): name for name in PLAN_FIELDS}
     merged = {name: value for name, value in given.items() if value is not None}
-    for graphcore_name, name in {**read_here, "ipus_per_replica": "layers_per_stage"}.items():
+    for graphcore_name, name in READ_BY_RANKS.items():
         if graphcore_name in written:
             merged[name] = fields.plan_fields()[name]
     config = PipelineConfig(**merged)
     enforce(config.value_rules())
-    return config, [name for name in written if name not in {*read_here, "ipus_per_replica"}]
+    return config, [name for name in written if name not in READ_BY_RANKS]

@@ -6,12 +6,14 @@ from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 Gradients = List[Tuple[nn.Parameter, Tensor]]
 
 
 class _Bridge(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(
         ctx: Any, anchor: Tensor, loss: Tensor, install: Callable[[Tensor], None]
     ) -> Tensor:
@@ -19,6 +21,7 @@ class _Bridge(torch.autograd.Function):
         return loss.detach().clone()
 
     @staticmethod
+    @override
     def backward(ctx: Any, *incoming: Tensor) -> Tuple[Tensor, None, None]:
         ctx.install(incoming[0])
         return torch.zeros_like(incoming[0]), None, None

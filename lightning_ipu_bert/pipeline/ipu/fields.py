@@ -67,6 +67,12 @@ PLAN_FIELDS = (
 )
 """Fields that every pipeline has, by their names in `PipelineConfig`."""
 
+READ_BY_RANKS = {
+    **{SPELLINGS.get(name, name): name for name in PLAN_FIELDS},
+    "ipus_per_replica": "layers_per_stage",
+}
+"""Graphcore's fields that pipelines of ranks read too, with the fields that they decide."""
+
 
 def select(
     values: Mapping[str, Any], known: Iterable[str], pod_type: Optional[str] = None

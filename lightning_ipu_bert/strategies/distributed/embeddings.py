@@ -12,6 +12,7 @@ from typing import Any, Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_ipu_bert._compat.torch import has_gradient_hooks
 
@@ -21,12 +22,14 @@ LARGE = 1 << 20
 
 class _AddRows(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx: Any, anchor: Tensor, rows: Tensor, table: nn.Embedding, ids: Tensor) -> Tensor:
         ctx.table, ctx.ids = table, ids
         ctx.mark_dirty(rows)  # it is given back as it is, and may be changed in place
         return rows
 
     @staticmethod
+    @override
     def backward(ctx: Any, *gradients: Tensor) -> Tuple[None, None, None, None]:
         table, ids = ctx.table, ctx.ids.reshape(-1)
         rows = gradients[0].reshape(len(ids), -1)

@@ -10,6 +10,7 @@ from typing import Any, Iterator, List, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from lightning_ipu_bert.pipeline.plan import Plan
 from lightning_ipu_bert.pipeline.protocol import PipelineModule
@@ -47,6 +48,7 @@ class Stage(nn.Module):
         self.loss_weight = 1.0
         """Share of a micro-batch in the batch's loss, times the loss scale."""
 
+    @override
     def forward(self, *hidden: Tensor, index: Tensor) -> Any:
         """Run the blocks on micro-batch `index`, by one call of the model's `stage_forward`."""
         model, batch = self._model[0], self.micro_batches[int(index)]

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional, Union
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
+from typing_extensions import override
 
 from lightning_ipu_bert.errors import UserError
 
@@ -19,6 +20,7 @@ ONLY_OURS = (
 class IPUAccelerator(Accelerator):
     """Graphcore's IPUs. One process owns all that its replicas need."""
 
+    @override
     def setup_device(self, device: torch.device) -> None:
         """Refuse other strategies, which would quietly run on the CPU.
 
@@ -27,6 +29,7 @@ class IPUAccelerator(Accelerator):
         """
         raise UserError(ONLY_OURS.format(strategy="another one"))
 
+    @override
     def setup(self, trainer: Trainer) -> None:
         """Refuse other strategies.
 
@@ -35,14 +38,17 @@ class IPUAccelerator(Accelerator):
         """
         raise UserError(ONLY_OURS.format(strategy=type(trainer.strategy).__name__))
 
+    @override
     def get_device_stats(self, device: Union[torch.device, str, int]) -> Dict[str, Any]:
         """Return nothing: PopTorch measures no use of memory or time while it runs."""
         return {}
 
+    @override
     def teardown(self) -> None:
         """Do nothing: the strategy gives its IPUs back."""
 
     @staticmethod
+    @override
     def parse_devices(devices: Union[int, str, List[int]]) -> int:
         """Return the number of IPUs; 0 stands for as many as the plan needs.
 
@@ -62,6 +68,7 @@ class IPUAccelerator(Accelerator):
         return number
 
     @staticmethod
+    @override
     def get_parallel_devices(devices: int) -> List[torch.device]:
         """Return the last of the IPUs, from which `IPUStrategy` knows the others.
 
@@ -70,11 +77,13 @@ class IPUAccelerator(Accelerator):
         return [torch.device("ipu", devices - 1) if devices else torch.device("ipu")]
 
     @staticmethod
+    @override
     def auto_device_count() -> int:
         """Return 0: as many as the plan needs."""
         return 0
 
     @staticmethod
+    @override
     def is_available() -> bool:
         """Return True: what is missing, `IPUStrategy` says itself, and what to do about it.
 
@@ -83,6 +92,7 @@ class IPUAccelerator(Accelerator):
         return True
 
     @staticmethod
+    @override
     def name() -> str:
         """Return the name for `Trainer(accelerator=...)`."""
         return "ipu"

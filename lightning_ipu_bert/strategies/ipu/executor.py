@@ -75,8 +75,6 @@ class IPUExecutor:
         self._batch_sizes = batch_sizes
         self._offline = offline
 
-    # --- runs -------------------------------------------------------------------------------------
-
     def loss(self, batch: Any) -> Tensor:
         """Return the mean loss of a batch; with gradients on, the weights are updated now."""
         if not torch.is_grad_enabled():
@@ -125,8 +123,6 @@ class IPUExecutor:
                 for first in range(0, examples, size)
             ]
         return join_outputs(parts, examples)
-
-    # --- compilation ------------------------------------------------------------------------------
 
     def compile_training(self, batch: Any) -> CompiledProgram:
         """Compile what trains, for batches like this one."""

@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
+from typing_extensions import override
 
 from lightning_ipu_bert.strategies.batch_trees import map_tree
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
@@ -39,6 +40,7 @@ class FlattenedBatchSampler(Sampler):  # type: ignore[type-arg]  # not generic i
         self.batches = batches
         self.batch_size = batch_size
 
+    @override
     def __iter__(self) -> Iterator[int]:
         """Draw an epoch."""
         return chain.from_iterable(self.batches)

@@ -166,9 +166,8 @@ class IPUStrategy(ParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        assert self.lightning_module is not None
-        module, trainer = self.lightning_module, self.lightning_module.trainer
-        self._run = Run(trainer, module, self.ipu_config, self._overridden, self._options)
+        module: Any = self.lightning_module
+        self._run = Run(module.trainer, module, self.ipu_config, self._overridden, self._options)
 
     @override
     def setup(self, trainer: Trainer) -> None:

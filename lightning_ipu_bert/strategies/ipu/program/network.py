@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Iterator, List, NamedTuple, Sequence, Set, Tuple
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_ipu_bert._compat.lightning import on_device
 from lightning_ipu_bert.errors import UserError
@@ -119,6 +120,7 @@ class TracedNetwork(nn.Module):
 class TrainingNetwork(TracedNetwork):
     """Tensors of a micro-batch in, its loss out."""
 
+    @override
     def forward(self, *tensors: Tensor) -> Tensor:
         """Return the loss, from which PopTorch goes backward."""
         module, poptorch = self._host[0], import_poptorch()
@@ -131,6 +133,7 @@ class TrainingNetwork(TracedNetwork):
 class InferenceNetwork(TracedNetwork):
     """Tensors of a micro-batch in, the model's output out."""
 
+    @override
     def forward(self, *tensors: Tensor) -> Any:
         """Return the output of the last block."""
         with self._buffers_lent():

@@ -33,8 +33,6 @@ class ProgramPair:
         self._host_is_newer = False
         """Whether weights were loaded that the training program has not."""
 
-    # --- weights ----------------------------------------------------------------------------------
-
     def to_host(self) -> None:
         """Bring the host's weights up to date, if they are not."""
         if self.training is not None and self.training.poplar.isCompiled():
@@ -63,8 +61,6 @@ class ProgramPair:
         if not fresh and self._inference_has != self._version:
             program.poplar.copyWeightsToDevice()
         self._inference_has = self._version
-
-    # --- IPUs -------------------------------------------------------------------------------------
 
     def compile_training(self, make: Callable[[], CompiledProgram]) -> CompiledProgram:
         """Compile and keep the program that trains; compiling uploads the weights."""

@@ -1,17 +1,29 @@
-"""The line with which a fit ends: a command that asks the model it has made."""
+"""What a fit's report says of question answering: sizes of batches, scores, what to do next."""
 
 from __future__ import annotations
 
 import shlex
-from typing import List
+from typing import Dict, List
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from lightning_ipu_bert._compat.lightning import datamodule_of
 from lightning_ipu_bert.data.squad import SquadDataModule
+from lightning_ipu_bert.training.report import BatchSize, TrainingReport
 
 LONGEST_EXAMPLE = 600
 """Characters of the longest passage that is printed."""
+
+
+def squad_report() -> TrainingReport:
+    """Return the report of a run on question answering."""
+    return TrainingReport(size_of, ("val/exact_match", "val/f1"), ask_hint)
+
+
+def size_of(batch: Dict[str, Tensor]) -> BatchSize:
+    """Return the examples of a batch, and its tokens that are not padding."""
+    return BatchSize(len(batch["input_ids"]), batch["attention_mask"].sum())
 
 
 def ask_hint(trainer: Trainer, path: str) -> List[str]:

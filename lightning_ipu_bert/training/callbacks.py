@@ -1,0 +1,27 @@
+"""The callbacks that every run of our modules has."""
+
+from __future__ import annotations
+
+from typing import List
+
+from lightning.pytorch import Callback, Trainer
+
+from lightning_ipu_bert.pipeline.facts import facts_of
+from lightning_ipu_bert.training.interrupts import SaveOnTermination, SignalsBetweenSteps
+from lightning_ipu_bert.training.random_states import RandomStates
+
+
+def missing_callbacks(trainer: Trainer, *others: Callback) -> List[Callback]:
+    """Return callbacks for `configure_callbacks`, less those of a kind that the Trainer has.
+
+    Args:
+        trainer: The module's Trainer.
+        others: Of the module, beside those that any module can use: random states in checkpoints,
+            saving on SIGTERM and Ctrl-C, and signals that take effect between steps.
+    """
+    own = [RandomStates(), SaveOnTermination(), *others]
+    if trainer.world_size == 1 and not facts_of(trainer).holds_interrupts:
+        own.append(SignalsBetweenSteps())
+    callbacks: List[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    present = {type(callback) for callback in callbacks}
+    return [callback for callback in own if type(callback) not in present]
