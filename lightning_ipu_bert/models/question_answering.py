@@ -128,7 +128,8 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         """Return Hugging Face's model with a copy of the weights."""
         network = BertForQuestionAnswering(self.bert_config)
         network.load_state_dict(self.state_dict())
-        return network.train(False)
+        network.train(False)
+        return network
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -219,8 +220,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         """Put architecture, tokenizer and scores into the checkpoint."""
         hyper_parameters = checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         checkpoint[ORIGIN_KEY] = self._origin
-        hyper_parameters["model_name_or_path"] = None
-        hyper_parameters["config"] = architecture_of(self.bert_config)
+        hyper_parameters.update(model_name_or_path=None, config=architecture_of(self.bert_config))
         if self.tokenizer is not None:
             checkpoint[TOKENIZER_KEY] = tokenizer_to_files(self.tokenizer)
         if self._scores_step == self.trainer.global_step:
