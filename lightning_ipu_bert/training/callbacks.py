@@ -7,8 +7,9 @@ from typing import List
 from lightning.pytorch import Callback, Trainer
 
 from lightning_ipu_bert.pipeline.facts import facts_of
-from lightning_ipu_bert.training.interrupts import SaveOnTermination, SignalsBetweenSteps
+from lightning_ipu_bert.training.interrupts import SignalsBetweenSteps
 from lightning_ipu_bert.training.random_states import RandomStates
+from lightning_ipu_bert.training.termination import SaveOnTermination
 
 
 def missing_callbacks(trainer: Trainer, *others: Callback) -> List[Callback]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from pathlib import Path
+import time
 from typing import Any, Callable, Dict, List, Sequence, Set
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,12 +20,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_ipu_bert._compat.lightning import saves_on_exception
+from lightning_ipu_bert.training.termination import (
+    InterruptedBetweenSteps,
+    SaveOnTermination,
+    ends_in_order,
+)
 
+SAME_SECONDS = 0.25
+"""What comes within this time is the same Ctrl-C: a terminal sends it to all processes of a job,
+and a process that has started others passes it on to them."""
 HINT = "\nCtrl-C: the run ends after this step. Once more ends it at once, and saves nothing.\n"
-
-
-class InterruptedBetweenSteps(KeyboardInterrupt):
-    """Ctrl-C, at a place where the run can be saved."""
 
 
 class HeldSignals:
@@ -45,6 +49,7 @@ class HeldSignals:
         self._tell = tell
         self._previous: Dict[int, Any] = {}
         self._seen: Set[int] = set()
+        self._first = 0.0  # when the first Ctrl-C came
 
     def hold(self, numbers: Sequence[int]) -> None:
         """Take the place of the handlers of signals, once; others must not have ignored them."""
@@ -67,17 +72,18 @@ class HeldSignals:
         return [number in self._seen for number in self.held]
 
     def deliver(self, number: int) -> None:
-        """Let a signal take effect: call its own handler, or raise for Ctrl-C.
+        """Let a signal take effect: call its own handler."""
+        # Once: Lightning's launcher sends SIGTERM to the other ranks, which know already.
+        self._previous.pop(number)(number, None)
+
+    def interrupt(self) -> None:
+        """Let Ctrl-C take effect.
 
         Raises:
-            InterruptedBetweenSteps: If the signal is Ctrl-C.
+            InterruptedBetweenSteps: Always.
         """
-        # Once: Lightning's launcher sends SIGTERM to the other ranks, which know already.
-        handler = self._previous.pop(number)
-        if number == signal.SIGINT:
-            signal.signal(number, handler)
-            raise InterruptedBetweenSteps
-        handler(number, None)
+        signal.signal(signal.SIGINT, self._previous.pop(signal.SIGINT))
+        raise InterruptedBetweenSteps
 
     def release(self) -> None:
         """Put the handlers back that are still replaced."""
@@ -89,9 +95,12 @@ class HeldSignals:
 
     def _note(self, number: int, _: Any) -> None:
         if number == signal.SIGINT and number in self._seen:
-            self._end_at_once()
-        elif number == signal.SIGINT and self._tell:
-            sys.stderr.write(HINT)
+            if time.monotonic() - self._first > SAME_SECONDS:
+                self._end_at_once()
+        elif number == signal.SIGINT:
+            self._first = time.monotonic()
+            if self._tell:
+                sys.stderr.write(HINT)
         self._seen.add(number)
 
 
@@ -108,10 +117,10 @@ def alone(seen: List[bool]) -> List[bool]:
 class SignalsBetweenSteps(Callback):
     """Keeps signals back until all processes of a run have come to the same place.
 
-    In training this is the start of every batch: on SIGTERM the update is then made, and Lightning
-    ends the run after it, or saves and continues if it was told to. In evaluation it is every batch
-    too, unless there are several replicas: they may have different numbers of batches, and wait for
-    the end.
+    In training this is the start of every batch: the update is then made, for a batch that was
+    drawn must not be lost, and the run ends after it; on SIGTERM Lightning does that, or saves and
+    continues if it was told to. In evaluation it is every batch too, unless there are several
+    replicas: they may have different numbers of batches, and wait for the end.
     """
 
     def __init__(
@@ -132,10 +141,16 @@ class SignalsBetweenSteps(Callback):
         self._signals = HeldSignals(end_at_once, tell)
         self._numbers = numbers
         self._agree = agree
+        self._last_step = False  # Ctrl-C has come: the run ends after this step
 
     @override
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        self._deliver()
+        self._last_step = self._deliver()
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if self._last_step:
+            self._signals.interrupt()
 
     @override
     def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
@@ -156,7 +171,7 @@ class SignalsBetweenSteps(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            self._deliver()  # Lightning itself ends after the validation
+            self._deliver_now()  # Lightning itself ends after the validation
         else:
             self._end(trainer)
 
@@ -196,47 +211,25 @@ class SignalsBetweenSteps(Callback):
     def _deliver_in_evaluation(self, trainer: Trainer) -> None:
         sharing = trainer.distributed_sampler_kwargs
         if sharing is None or sharing["num_replicas"] == 1:
-            self._deliver()
+            self._deliver_now()
 
     def _end(self, trainer: Trainer) -> None:
         """Deliver where Lightning does not look any more, or a script would continue."""
-        self._deliver()
+        self._deliver_now()
         if signal.SIGTERM in self._numbers and trainer.received_sigterm:
             raise SIGTERMException
 
-    def _deliver(self) -> None:
-        """Let all signals take effect that any process has seen; all do so together."""
+    def _deliver_now(self) -> None:
+        if self._deliver():
+            self._signals.interrupt()
+
+    def _deliver(self) -> bool:
+        """Let signals take effect that any process has seen, and return whether Ctrl-C is one."""
         self._signals.hold(self._numbers)
         numbers = self._signals.held
-        seen = self._agree(self._signals.seen()) if numbers else []
-        for number, is_seen in zip(reversed(numbers), reversed(seen)):  # Ctrl-C last
-            if is_seen:
+        votes = self._agree(self._signals.seen()) if numbers else []
+        seen = [number for number, vote in zip(numbers, votes) if vote]
+        for number in seen:
+            if number != signal.SIGINT:
                 self._signals.deliver(number)
-
-
-class SaveOnTermination(Callback):
-    """Saves to `last.ckpt` when SIGTERM or Ctrl-C ends a run, and says how to resume it.
-
-    Lightning's own ModelCheckpoint does so only if told to by `save_on_exception` and `save_last`,
-    the first of which the SDK's Lightning does not have.
-    """
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Save beside the run's other checkpoints."""
-        keeper = trainer.checkpoint_callback
-        training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if not (training and ends_in_order(exception)):
-            return  # evaluation has nothing to save, and must not overwrite what training saved
-        if isinstance(keeper, ModelCheckpoint) and keeper.dirpath:
-            path = Path(keeper.dirpath) / f"{keeper.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
-            trainer.save_checkpoint(path)
-            cause = "SIGTERM" if isinstance(exception, SIGTERMException) else "Ctrl-C"
-            rank_zero_info(f"Ended by {cause}. To resume: --ckpt_path {path}")
-
-
-def ends_in_order(exception: BaseException) -> bool:
-    """Return whether an exception ends a run at a place where it can be saved."""
-    return isinstance(exception, (SIGTERMException, InterruptedBetweenSteps))
+        return signal.SIGINT in seen

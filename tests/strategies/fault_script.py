@@ -1,25 +1,28 @@
 """A run whose ranks may come to harm: python fault_script.py FOLDER HARM RANK [CKPT_PATH].
 
-HARM is none, kill, memory, term (SIGTERM), save (a kill in the middle of a save), in the step
-HARM_STEP, or end (SIGTERM in a validation after the training). EPOCHS in the environment are
+HARM is none, kill, memory, term (SIGTERM), int (SIGINT of this rank), terminal (SIGINT of all, as
+Ctrl-C sends it), twice (the same, and once more), save (a kill in the middle of a save), in the
+step HARM_STEP, or end (SIGTERM in a validation after the training). EPOCHS in the environment are
 trained, of two updates each.
 """
 
 import os
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from language_model import LanguageModel, Sentences
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from lightning_ipu_bert import PipelineParallelStrategy
+from lightning_ipu_bert.data.loaders import ResumableDataLoader, TrainingSampler
 from lightning_ipu_bert.training.checkpoint_io import AtomicCheckpointIO
 
-HARM_STEP = 4
+HARM_STEP = int(os.environ.get("HARM_STEP", 4))
 
 
 def harm(kind):
@@ -27,6 +30,13 @@ def harm(kind):
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "term":
         os.kill(os.getpid(), signal.SIGTERM)
+    if kind == "int":
+        os.kill(os.getpid(), signal.SIGINT)
+    if kind in ("terminal", "twice"):
+        os.killpg(0, signal.SIGINT)
+    if kind == "twice":
+        time.sleep(0.5)
+        os.killpg(0, signal.SIGINT)
     if kind == "memory":
         raise MemoryError("no memory is left in this stage")
 
@@ -86,9 +96,9 @@ def main(folder, ckpt_path=None):
         callbacks=[checkpoints],
     )
     examples = Sentences(16)
-    sampler = DistributedSampler(examples, 1, 0, shuffle=False)
+    loader = ResumableDataLoader(examples, 8, sampler=TrainingSampler([12] * len(examples), 8))
     module = Fragile()
-    trainer.fit(module, DataLoader(examples, 8, sampler=sampler), ckpt_path=ckpt_path)
+    trainer.fit(module, loader, ckpt_path=ckpt_path)
     if sys.argv[2] == "end":
         trainer.validate(module, DataLoader(examples, 4), verbose=False)
         print("not reached", flush=True)

@@ -10,19 +10,16 @@ from typing import Any, Callable, Iterator, NoReturn, Optional, TextIO
 
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_ipu_bert._compat.lightning import (
-    MultiProcessingLauncher,
     SubprocessScriptLauncher,
-    handle_interrupt,
     set_num_threads,
     start_scripts,
 )
 from lightning_ipu_bert.strategies.distributed.launch import failure, watch
-from lightning_ipu_bert.training.interrupts import InterruptedBetweenSteps
+from lightning_ipu_bert.training.termination import InterruptedBetweenSteps
 
 Prepare = Callable[[Optional[Trainer], Any], None]
 """Checks a run, given the Trainer and the arguments of its entry point."""
@@ -119,62 +116,3 @@ class ScriptLauncher(SubprocessScriptLauncher):
             failure.tell("Ended at once by Ctrl-C; nothing was saved.")
         watch.kill(self.procs)
         os._exit(watch.INTERRUPTED)
-
-
-class NotebookLauncher(MultiProcessingLauncher):
-    """Forks (or spawns) the ranks from a notebook, where there is no script to start anew."""
-
-    def __init__(self, strategy: ParallelStrategy, start_method: Any, prepare: Prepare) -> None:
-        """Create a launcher.
-
-        Args:
-            strategy: Lightning's launcher asks it for devices and checkpoints.
-            start_method: fork or spawn.
-            prepare: Is called before anything is started.
-        """
-        super().__init__(strategy, start_method=start_method)
-        self._prepare = prepare
-
-    @override
-    def launch(
-        self,
-        function: Callable[..., Any],
-        *args: Any,
-        trainer: Optional[Trainer] = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Check the run, start the ranks, and call the function in them."""
-        self._prepare(trainer, args)
-        return super().launch(Interruptible(function, trainer), *args, trainer=trainer, **kwargs)
-
-    def end_at_once(self) -> NoReturn:
-        """End this rank: the second Ctrl-C."""
-        os._exit(watch.INTERRUPTED)
-
-
-class Interruptible:
-    """The entry point of a run in a forked rank, where Lightning handles no Ctrl-C.
-
-    After a Ctrl-C between two steps it ends as if it were done, so that the weights go back to the
-    notebook.
-    """
-
-    def __init__(self, function: Callable[..., Any], trainer: Optional[Trainer]) -> None:
-        """Wrap a function.
-
-        Args:
-            function: The entry point.
-            trainer: The Trainer that is run.
-        """
-        self._function = function
-        self._trainer = trainer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it."""
-        try:
-            return self._function(*args, **kwargs)
-        except InterruptedBetweenSteps as exception:
-            if self._trainer is None:
-                raise
-            handle_interrupt(self._trainer, exception)
-            return None

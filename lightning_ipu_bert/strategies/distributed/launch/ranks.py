@@ -17,10 +17,8 @@ from lightning_ipu_bert.pipeline.config import PipelineConfig
 from lightning_ipu_bert.pipeline.plan import Plan
 from lightning_ipu_bert.pipeline.rules import enforce
 from lightning_ipu_bert.strategies.distributed.checks import resolve_run
-from lightning_ipu_bert.strategies.distributed.launch.launcher import (
-    NotebookLauncher,
-    ScriptLauncher,
-)
+from lightning_ipu_bert.strategies.distributed.launch.launcher import ScriptLauncher
+from lightning_ipu_bert.strategies.distributed.launch.notebook import NotebookLauncher
 from lightning_ipu_bert.strategies.distributed.mesh import Mesh, create_mesh
 
 Launcher = Union[ScriptLauncher, NotebookLauncher]

@@ -1,0 +1,115 @@
+"""Starting the ranks from a notebook, and Ctrl-C there: the ranks decide, the notebook waits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, NoReturn, Optional
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ParallelStrategy
+from torch.multiprocessing.spawn import ProcessExitedException
+from typing_extensions import override
+
+from lightning_ipu_bert._compat.lightning import MultiProcessingLauncher, handle_interrupt
+from lightning_ipu_bert.strategies.distributed.launch import watch
+from lightning_ipu_bert.strategies.distributed.launch.launcher import Prepare
+from lightning_ipu_bert.training.termination import InterruptedBetweenSteps
+
+
+class NotebookLauncher(MultiProcessingLauncher):
+    """Forks (or spawns) the ranks from a notebook, where there is no script to start anew."""
+
+    def __init__(self, strategy: ParallelStrategy, start_method: Any, prepare: Prepare) -> None:
+        """Create a launcher.
+
+        Args:
+            strategy: Lightning's launcher asks it for devices and checkpoints.
+            start_method: fork or spawn.
+            prepare: Is called before anything is started.
+        """
+        super().__init__(strategy, start_method=start_method)
+        self._prepare = prepare
+
+    @override
+    def launch(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        trainer: Optional[Trainer] = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Check the run, start the ranks, and call the function in them.
+
+        Raises:
+            RuntimeError: If Ctrl-C has ended the ranks at once. KeyboardInterrupt would let
+                Lightning end the notebook, too, and ignore Ctrl-C from then on.
+        """
+        self._prepare(trainer, args)
+        entry = Interruptible(function, trainer)
+        try:
+            with self._interrupts_passed_on():
+                return super().launch(entry, *args, trainer=trainer, **kwargs)
+        except ProcessExitedException as error:
+            if error.exit_code != watch.INTERRUPTED:
+                raise
+            raise RuntimeError("Ended at once by Ctrl-C; nothing was saved.") from None
+
+    @contextmanager
+    def _interrupts_passed_on(self) -> Iterator[None]:
+        """Pass Ctrl-C on to the ranks, within the context; a terminal sends it to them itself."""
+        here, previous = os.getpid(), signal.getsignal(signal.SIGINT)
+
+        def pass_on(number: int, frame: Any) -> None:
+            if os.getpid() != here:  # in a rank, which has inherited the handler
+                assert callable(previous)
+                previous(number, frame)
+                return
+            for process in self.procs:
+                if process.pid is not None and process.is_alive():
+                    os.kill(process.pid, number)
+
+        if not callable(previous) or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signal.signal(signal.SIGINT, pass_on)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def end_at_once(self) -> NoReturn:
+        """End this rank: the second Ctrl-C."""
+        os._exit(watch.INTERRUPTED)
+
+
+class Interruptible:
+    """The entry point of a run in a forked rank, where Lightning handles no Ctrl-C.
+
+    After a Ctrl-C between two steps it ends as if it were done, so that the weights go back to the
+    notebook.
+    """
+
+    def __init__(self, function: Callable[..., Any], trainer: Optional[Trainer]) -> None:
+        """Wrap a function.
+
+        Args:
+            function: The entry point.
+            trainer: The Trainer that is run.
+        """
+        self._function = function
+        self._trainer = trainer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        try:
+            return self._function(*args, **kwargs)
+        except InterruptedBetweenSteps as exception:
+            if self._trainer is None:
+                raise
+            handle_interrupt(self._trainer, exception)
+            return None
+        except KeyboardInterrupt:  # before the first step; the notebook waits for an exit code
+            os._exit(watch.INTERRUPTED)

@@ -1,0 +1,70 @@
+"""Ctrl-C: the first one ends a run between two steps, and saves; a second one ends it at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kill_ranks import losses_in
+from model_helpers import needs_pipelining
+from test_faults import start
+
+pytestmark = needs_pipelining
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    code, _, output, _ = start(tmp_path_factory.mktemp("unharmed"), "none", 0)
+    assert code == 0, output
+    return losses_in(output)
+
+
+@pytest.mark.parametrize(
+    ("harm", "rank", "step"), [("int", 0, 4), ("int", 1, 5), ("terminal", 1, 5)]
+)
+def test_the_first_saves_and_says_how_to_resume(harm, rank, step, expected, tmp_path, monkeypatch):
+    """In the middle of a schedule, where the other rank waits for a hidden state.
+
+    An epoch has two updates: the run ends after the last one of an epoch, and within one.
+    """
+    monkeypatch.setenv("HARM_STEP", str(step))
+    code, _, output, left = start(tmp_path, harm, rank)
+    assert code == 1, output  # as Lightning ends by Ctrl-C
+    assert not left
+    path = tmp_path / "last.ckpt"
+    assert output.count(f"To resume: ckpt_path={path}") == 1
+    assert output.count("Once more ends it at once") == (harm == "terminal" or rank == 0)
+    assert "Rank " not in output
+    assert "Traceback" not in output
+    done = torch.load(path, weights_only=True)["global_step"]
+    assert done == step + 2
+
+    code, _, output, _ = start(tmp_path, "none", 0, path)
+    assert code == 0, output
+    assert losses_in(output) == {step: expected[step] for step in range(done + 1, 9)}
+
+
+def test_a_second_ends_at_once_and_saves_nothing(tmp_path):
+    code, _, output, left = start(tmp_path, "twice", 1)
+    assert code == 130, output
+    assert not left
+    assert output.count("Ended at once by Ctrl-C; nothing was saved.") == 1
+    assert "To resume" not in output
+    assert "Traceback" not in output
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+@pytest.mark.parametrize("how", ["once", "terminal", "twice"])
+def test_a_notebook_goes_on(how, tmp_path):
+    """Ranks are forked: see the script for what must hold afterwards."""
+    script = Path(__file__).parents[1] / "interrupted_notebook_script.py"
+    done = subprocess.run(
+        [sys.executable, str(script), how],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        start_new_session=True,
+    )
+    assert done.stdout.splitlines()[-1:] == ["all is well"], done.stdout + done.stderr
