@@ -3,6 +3,7 @@
 import shlex
 from pathlib import PurePosixPath, PureWindowsPath
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from hypothesis import given
@@ -50,7 +51,7 @@ def planted(make_module, make_data, files, tmp_path):
             "state_dict": module.state_dict(),
             "hyper_parameters": dict(module.hparams),
             "datamodule_hyper_parameters": dict(data.hparams),
-            "pytorch-lightning_version": "2.6.0",
+            "pytorch-lightning_version": pl.__version__,
             TOKENIZER_KEY: {**files, name: "planted"},
         }
         torch.save(checkpoint, tmp_path / "planted.ckpt")
