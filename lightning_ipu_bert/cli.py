@@ -64,6 +64,7 @@ class QuestionAnsweringCLI(PlainCLI):
 
     def __init__(self, args: List[str]) -> None:
         """Parse the arguments and run the verb."""
+        self._parsers: List[Parser] = []
         super().__init__(
             BertForQuestionAnsweringModule,
             SquadDataModule,
@@ -85,6 +86,8 @@ class QuestionAnsweringCLI(PlainCLI):
         parser.add_argument(
             "-c", "--config", action=ConfigFile, help="YAML file, or name of a shipped config."
         )
+        parser.verbs = self._parsers
+        self._parsers.append(parser)
         return parser
 
     @override

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import poptorch
 import pytest
 import torch
-from ipu_runs import ipu_strategy, ipu_trainer, loader, with_adamw
+from ipu_runs import ipu_strategy, ipu_trainer, loader, plain_trainer, with_adamw
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     GradientAccumulationScheduler,
@@ -234,6 +234,20 @@ def test_inference_that_cannot_be_filled_is_refused_only_where_there_is_some(tmp
         ipu_trainer(tmp_path, strategy=ipu_strategy(**plan)).validate(module, loader(examples))
     plan["ipu_config"]["sharded_execution_for_inference"] = True
     ipu_trainer(tmp_path, strategy=ipu_strategy(**plan)).validate(module, loader(examples))
+
+
+def test_training_rules_do_not_refuse_an_evaluation(tmp_path):
+    """Two stages without accumulation cannot train, and evaluate as one process does."""
+    module, examples = with_adamw("bert")
+    plan = {"replication_factor": 1, "gradient_accumulation_steps": 1}
+    (expected,) = plain_trainer(tmp_path).validate(module, loader(examples), verbose=False)
+    trainer = ipu_trainer(tmp_path, strategy=ipu_strategy(**plan))
+    (found,) = trainer.validate(module, loader(examples), verbose=False)
+    assert found["val/loss"] == pytest.approx(expected["val/loss"], rel=1e-5)
+    trainer = ipu_trainer(tmp_path, strategy=ipu_strategy(**plan))
+    with pytest.raises(UserError, match=r"gradient_accumulation_steps=1 .* 3") as caught:
+        trainer.fit(module, loader(examples))
+    assert "gpipe" not in str(caught.value)  # which IPUs have not
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true", "64-true"])
