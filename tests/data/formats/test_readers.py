@@ -3,7 +3,7 @@ import json
 import pytest
 
 from lightning_ipu_bert import UserError
-from lightning_ipu_bert.data import hub
+from lightning_ipu_bert.data import formats, hub
 from lightning_ipu_bert.data.formats import read_files
 from lightning_ipu_bert.data.records import Rules, collect
 
@@ -179,3 +179,30 @@ def test_missing_columns_are_named(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"id": "1", "text": "x"}', "utf8")
     with pytest.raises(UserError, match=r"lacks the columns \['question', 'context'\]"):
         collect(hub.records(str(tmp_path), None, "train"), Rules())
+
+
+TABS = """
+from lightning_ipu_bert.data.file_format import FileFormat
+from lightning_ipu_bert.data.questions import Answer
+from lightning_ipu_bert.data.records import Record
+
+
+def records(path):
+    for number, line in enumerate(open(path, encoding="utf8"), 1):
+        id, question, context, text, start = line.rstrip("\\n").split("\\t")
+        yield Record(f"{path}: line {number}", id, question, context, [Answer(text, int(start))])
+
+
+FORMAT = FileFormat((".tsv",), records)
+"""
+
+
+def test_a_new_format_is_one_file(write, tmp_path, monkeypatch):
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "tabs.py").write_text(TABS)
+    monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path / "room")])
+    lines = write(f"q1\tWhere was Ada born?\t{CONTEXT}\tLondon\t16\n", "more.TSV")
+    assert read_files([lines], Rules()) == read_files([write(squad(qa()))], Rules())
+    wrong = write(f"q1\tWhere?\t{CONTEXT}\tLondon\t17\n", "wrong.tsv")
+    with pytest.raises(UserError, match=r"wrong.tsv: line 1 \(id 'q1'\): 'London' should start"):
+        read_files([wrong], Rules())
