@@ -188,8 +188,8 @@ from lightning_ipu_bert.data.records import Record
 
 
 def records(path):
-    for number, line in enumerate(open(path, encoding="utf8"), 1):
-        id, question, context, text, start = line.rstrip("\\n").split("\\t")
+    for number, line in enumerate(Path(path).read_text("utf8").splitlines(), 1):
+        id, question, context, text, start = line.split("\\t")
         yield Record(f"{path}: line {number}", id, question, context, [Answer(text, int(start))])
 
 
