@@ -182,6 +182,8 @@ def test_missing_columns_are_named(tmp_path):
 
 
 TABS = """
+from pathlib import Path
+
 from lightning_ipu_bert.data.file_format import FileFormat
 from lightning_ipu_bert.data.questions import Answer
 from lightning_ipu_bert.data.records import Record
