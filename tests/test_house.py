@@ -160,3 +160,16 @@ def test_partition_is_called_in_one_place():
 @FILES
 def test_files_are_of_a_size_to_read(path):
     assert len(path.read_text("utf8").splitlines()) <= 250
+
+
+def test_private_names_are_listed_with_their_reasons():
+    for path in (PACKAGE / "_compat").glob("*.py"):
+        tree = ast.parse(path.read_text("utf8"))
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                used |= {alias.name for alias in node.names}
+            if isinstance(node, ast.ClassDef):
+                used |= {m.name for m in node.body if isinstance(m, ast.FunctionDef)}
+        for name in used:
+            assert not re.match("_[^_]", name) or name in ast.get_docstring(tree), (path, name)

@@ -1,4 +1,35 @@
-"""Lightning: 2.3.3 beside 2.6, and its private names. Files below are relative to lightning/."""
+"""Lightning: 2.3.3 beside 2.6, and its private names.
+
+Files are relative to https://github.com/Lightning-AI/pytorch-lightning/tree/master/src/lightning.
+
+- `_SubprocessScriptLauncher`, `_MultiProcessingLauncher`, `_call_children_scripts`
+  (pytorch/strategies/launchers): every strategy starts its ranks by them. None public in 2.6.
+- `_set_num_threads_if_needed`, `_init_dist_connection`,
+  `_get_default_process_group_backend_for_device` (fabric/utilities/distributed.py): the same
+  process group as Lightning's own strategies have. None public in 2.6.
+- `LightningModule._trainer` (pytorch/core/module.py): the public one raises. None public in 2.6.
+- `_update_properties`, `_device` (fabric/utilities/device_dtype_mixin.py): `module.device` is
+  wrong after a move of single parameters. None public in 2.6.
+- `_on_before_batch_transfer` (pytorch/core/module.py): a batch as the loops prepare it. None
+  public in 2.6.
+- `_update_dataloader` (pytorch/utilities/data.py): a loader of any class with another sampler.
+  None public in 2.6.
+- `_IndexBatchSamplerWrapper`, `_batch_sampler` (pytorch/overrides/distributed.py): `predict`
+  wraps batch samplers. None public in 2.6.
+- `ModelCheckpoint._every_n_train_steps` (pytorch/callbacks/model_checkpoint.py): the interval
+  must be one of whole calls on IPUs. None public in 2.6.
+- `ThroughputMonitor._throughputs` (pytorch/callbacks/throughput_monitor.py): it counts ranks
+  instead of replicas. None public in 2.6.
+- `_TrainingEpochLoop`, `_batches_that_stepped` (pytorch/loops/training_epoch_loop.py): the step
+  of the loggers; whether saves are counted on. The second use ends with Lightning 2.5.
+- `_combined_loader` (pytorch/loops): the first batch, to compile for. None public in 2.6.
+- `_interrupt`, `Trainer._teardown` (pytorch/trainer/call.py, trainer.py): forked ranks must
+  handle Ctrl-C themselves. None public in 2.6.
+- `Trainer._signal_connector` (pytorch/trainer/connectors/signal_connector.py): Lightning forgets
+  to restore handlers after Ctrl-C. Ends with Lightning 2.4.
+- `LightningCLI._parse_ckpt_path`, `_add_instantiators`, `_parser` (pytorch/cli.py): see
+  `PlainCLI`. No option in 2.6.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +60,6 @@ from lightning.pytorch.utilities.data import _update_dataloader
 from torch.utils.data import DataLoader, Sampler
 from typing_extensions import override
 
-# The launchers are how Lightning starts ranks (pytorch/strategies/launchers); every strategy of its
-# own uses them, and there are no public ones.
 MultiProcessingLauncher = _MultiProcessingLauncher
 SubprocessScriptLauncher = _SubprocessScriptLauncher
 

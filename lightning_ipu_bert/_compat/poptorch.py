@@ -1,4 +1,10 @@
-"""PopTorch 3.4: its private names. There will be no newer version."""
+"""PopTorch 3.4: its private names. No newer version will end them.
+
+Files are relative to https://github.com/graphcore/poptorch/tree/sdk-release-3.4/python.
+
+- `Options._Popart` (options.py): options of the compiler, as in Graphcore's own examples.
+- `PoptorchParameter`, `PoptorchBuffer` (_impl.py): classes that PopTorch leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +14,7 @@ from torch import nn
 
 
 def popart_options(options: Any) -> Any:
-    """Return the options of PopART, the compiler; `_Popart` is what Graphcore's own examples use.
-
-    Source: poptorch/options.py, `Options._Popart`; examples/nlp/bert/pytorch/ipu_options.py.
-    """
+    """Return the options of PopART, the compiler."""
     return options._Popart
 
 

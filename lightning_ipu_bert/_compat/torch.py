@@ -1,4 +1,16 @@
-"""torch: 2.0 beside 2.13, and its private names."""
+"""torch: 2.0 beside 2.13, and its private names.
+
+Files are relative to https://github.com/pytorch/pytorch/tree/main.
+
+- `Module._apply` (torch/nn/modules/module.py): `Module.to` fails on meta tensors, which must
+  stay. None public in 2.13.
+- `Tensor._backward_hooks`, `_post_accumulate_grad_hooks` (torch/_tensor.py): whether somebody
+  looks at a gradient. None public in 2.13.
+- `torch._C.DisableTorchFunction` (torch/csrc (docs: "Extending PyTorch")): PopTorch's parameters
+  are a subclass of Tensor. Ends with the SDK stack.
+- `_get_default_store` (torch/distributed/distributed_c10d.py): messages that no collective
+  blocks. None public in 2.13.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +38,7 @@ def has_pipelining() -> bool:
 def apply_to_tensors(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
     """Replace every parameter and buffer of a module in place, keeping parameters' identity.
 
-    `nn.Module.to` fails on meta tensors, which must stay. `Module._apply`: torch/nn/modules/
-    module.py; private since torch 1.0, without a public counterpart.
+    `nn.Module.to` fails on meta tensors, which must stay.
     """
     module._apply(function)  # type: ignore[no-untyped-call]
 
@@ -35,28 +46,21 @@ def apply_to_tensors(module: nn.Module, function: Callable[[Tensor], Tensor]) ->
 def has_gradient_hooks(parameter: Tensor) -> bool:
     """Return whether somebody has registered a hook on a parameter's gradient.
 
-    torch offers no question for it (torch/_tensor.py, `register_hook` and
-    `register_post_accumulate_grad_hook`; the second came with torch 2.1).
+    `register_post_accumulate_grad_hook` came with torch 2.1.
     """
     later = getattr(parameter, "_post_accumulate_grad_hooks", None)
     return bool(parameter._backward_hooks or later)
 
 
 def without_torch_function() -> Any:
-    """Return a context in which subclasses of Tensor, as PopTorch's parameters, behave plainly.
-
-    `torch._C.DisableTorchFunction` (docs: "Extending PyTorch") has no public name in torch 2.0;
-    torch 2.2 and later do not offer another one for this purpose.
-    """
+    """Return a context in which subclasses of Tensor, as PopTorch's parameters, behave plainly."""
     return torch._C.DisableTorchFunction()
 
 
 def wait_for_keys(keys: List[str], key: str, value: str, seconds: float) -> List[str]:
     """Put a value into the store of the process group, and return the values of all keys.
 
-    Works without any collective, so that it cannot hang behind one. The store that
-    `init_process_group` made is private: torch/distributed/distributed_c10d.py,
-    `_get_default_store`; no public one in 2.13.
+    Works without any collective, so that it cannot hang behind one.
 
     Raises:
         RuntimeError: If a key is not there in time.

@@ -1,4 +1,10 @@
-"""transformers: 4.46 beside 5.x, and its private names."""
+"""transformers: 4.46 beside 5.x, and its private names.
+
+Files are relative to https://github.com/huggingface/transformers/tree/main/src.
+
+- `_attn_implementation` (transformers/configuration_utils.py): which mask the attention takes.
+  None public in 5.24.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +19,5 @@ def layer_output(output: Any) -> Any:
 
 
 def takes_boolean_mask(config: BertConfig) -> bool:
-    """Return whether the attention of a model takes a boolean mask; else it adds a mask.
-
-    `_attn_implementation` is set by `from_pretrained(attn_implementation=)`; there is no public
-    attribute (transformers/configuration_utils.py, 4.46 to 5.24).
-    """
+    """Return whether the attention of a model takes a boolean mask; else it adds a mask."""
     return bool(config._attn_implementation == "sdpa")
