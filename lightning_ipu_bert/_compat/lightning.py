@@ -26,7 +26,7 @@ Files are relative to https://github.com/Lightning-AI/pytorch-lightning/tree/mas
 - `_interrupt`, `Trainer._teardown` (pytorch/trainer/call.py, trainer.py): forked ranks must
   handle Ctrl-C themselves. None public in 2.6.
 - `Trainer._signal_connector` (pytorch/trainer/connectors/signal_connector.py): Lightning forgets
-  to restore handlers after Ctrl-C. Ends with Lightning 2.4.
+  to restore handlers after Ctrl-C. Ends with the SDK stack.
 - `LightningCLI._parse_ckpt_path`, `_add_instantiators`, `_parser` (pytorch/cli.py): see
   `PlainCLI`. No option in 2.6.
 """
