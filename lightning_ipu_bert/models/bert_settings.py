@@ -19,7 +19,6 @@ class BertSettings(NamedTuple):
     vocab_size: int = 30522
     num_hidden_layers: int = 12
     max_position_embeddings: int = 512
-    hidden_size: int = 768
 
 
 def bert_blocks(num_hidden_layers: int) -> List[str]:

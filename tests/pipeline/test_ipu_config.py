@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ipu_bert import IPUConfig, UserError
-from lightning_ipu_bert.pipeline.ipu.file import load_ipu_config, save_ipu_config
+from lightning_ipu_bert.pipeline.ipu.file import read_values, save_ipu_config
 from lightning_ipu_bert.pipeline.ipu.program import enough_data_rule, program_rules
 from lightning_ipu_bert.pipeline.plan import partition
 from lightning_ipu_bert.pipeline.rules import enforce
@@ -92,11 +92,15 @@ def test_a_plan_takes_the_place_of_a_file():
     assert config.training.matmul_proportion == [0.1, 0.2]
 
 
+def read(source):
+    return IPUConfig.from_dict(read_values(source))
+
+
 @pytest.mark.parametrize("values", [FIRST_GENERATION, SECOND_GENERATION, {}])
 def test_round_trips(values, tmp_path):
     config = IPUConfig.from_dict(values)
     path = save_ipu_config(config, tmp_path)
-    assert load_ipu_config(path) == load_ipu_config(tmp_path) == config
+    assert read(path) == read(tmp_path) == config
     written = json.loads(path.read_text())
     assert IPUConfig.from_dict(written).to_dict() == written
 
@@ -162,9 +166,9 @@ def test_an_unknown_pod_is_refused():
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="No IPU config could be read from"):
-        load_ipu_config(tmp_path)
+        read(tmp_path)
     with pytest.raises(UserError, match="Graphcore/bert-large-ipu"):
-        load_ipu_config("me/none-such")  # offline: the hub is not asked
+        read("me/none-such")  # offline: the hub is not asked
 
 
 def graph(**values):

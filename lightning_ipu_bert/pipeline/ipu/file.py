@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, Mapping, Union
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
@@ -15,25 +15,15 @@ from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 
 FILE_NAME = "ipu_config.json"
 
-
 Source = Union[str, Path, Mapping[str, Any], IPUConfig, None]
-
-
-def load_ipu_config(source: Source, pod_type: Optional[str] = None) -> IPUConfig:
-    """Return the config that a file, a folder, a name of the hub or a dictionary holds.
-
-    Args:
-        source: E.g. "Graphcore/bert-large-ipu", or "runs/squad" after a run.
-        pod_type: Which of the values to take that differ by type of pod, e.g. "pod16".
-
-    Raises:
-        UserError: If there is none, or a field of it is unknown or breaks a rule.
-    """
-    return IPUConfig.from_dict(read_values(source), pod_type)
 
 
 def read_values(source: Source) -> Mapping[str, Any]:
     """Return the fields that a source names, and no others.
+
+    Args:
+        source: A file, a folder, a name of the hub, or fields; e.g. "Graphcore/bert-large-ipu", or
+            "runs/squad" after a run.
 
     Raises:
         UserError: If there is no such file.

@@ -22,7 +22,7 @@ from models import GLOBAL_BATCH, make_model
 from lightning_ipu_bert import IPUAccelerator, IPUStrategy, PipelineParallelStrategy
 from lightning_ipu_bert.cli import main, shipped_configs
 from lightning_ipu_bert.commands.export import export
-from lightning_ipu_bert.pipeline.ipu.file import load_ipu_config
+from lightning_ipu_bert.pipeline.ipu.file import read_values
 from lightning_ipu_bert.pipeline.ipu.program import program_rules
 from lightning_ipu_bert.pipeline.plan import layer_rules
 
@@ -76,7 +76,7 @@ def test_the_debug_config_trains_saves_validates_predicts_and_exports(in_folder,
     assert "Total optimization steps: 3" in caplog.text
     assert "Training speed" in caplog.text
     checkpoint = "runs/ipu_debug/best.ckpt"
-    assert load_ipu_config(in_folder / "runs" / "ipu_debug").layers_per_ipu == [1, 1]
+    assert read_values(in_folder / "runs" / "ipu_debug")["layers_per_ipu"] == [1, 1]
 
     few = ["--config", "ipu_debug", "--ckpt_path", checkpoint]
     quiet = ["--trainer.enable_progress_bar", "false"]
@@ -86,7 +86,7 @@ def test_the_debug_config_trains_saves_validates_predicts_and_exports(in_folder,
     assert len(json.loads(written[0].read_text())) == 16  # 2 calls of 4 x 2 iterations
 
     folder = export(checkpoint, "exported")
-    assert load_ipu_config(folder).layers_per_ipu == [1, 1]
+    assert read_values(folder)["layers_per_ipu"] == [1, 1]
 
 
 @needs_pipelining
