@@ -42,8 +42,12 @@ def harm(kind):
 
 
 class Fragile(LanguageModel):
+    harmed = False
+
     def stage_forward(self, blocks, hidden, batch):
-        if self.training and self.trainer.global_step == HARM_STEP and here(self.trainer):
+        now = self.training and self.trainer.global_step == HARM_STEP and here(self.trainer)
+        if now and not self.harmed:  # with the first of its micro-batches
+            self.harmed = True
             harm(sys.argv[2])
         if sys.argv[2] == "end" and not self.training and here(self.trainer):
             harm("term")

@@ -52,9 +52,10 @@ def fit(trainer, *args, **kwargs):
 
 @pytest.fixture(autouse=True)
 def handler_and_ipus_are_given_back():
-    before = signal.getsignal(signal.SIGINT)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
     yield
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(number) for number in numbers] == before
     assert poptorch.device.POOL.held == 0
 
 
