@@ -33,6 +33,7 @@ Files are relative to https://github.com/Lightning-AI/pytorch-lightning/tree/mas
 
 from __future__ import annotations
 
+import signal
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Callable, Dict, Iterator, List, Optional
@@ -179,8 +180,12 @@ def handle_interrupt(trainer: Trainer, exception: BaseException) -> None:
 
 
 def restore_signal_handlers(trainer: Trainer) -> None:
-    """Restore the handlers from before the run; Lightning 2.3 forgets to after Ctrl-C."""
-    trainer._signal_connector.teardown()
+    """Restore the handlers from before the run; Lightning 2.3 forgets to after Ctrl-C.
+
+    Newer ones ignore Ctrl-C while they shut down, and restore the handlers at the end.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        trainer._signal_connector.teardown()
 
 
 def count_saved_batch(checkpoint: Dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_ipu_bert._compat.lightning import saves_on_exception
+from lightning_ipu_bert._compat.lightning import restore_signal_handlers, saves_on_exception
 from lightning_ipu_bert.training.termination import (
     InterruptedBetweenSteps,
     SaveOnTermination,
@@ -193,6 +193,8 @@ class SignalsBetweenSteps(Callback):
     ) -> None:
         """Say how to resume from what somebody's own ModelCheckpoint has just saved."""
         self.release()
+        if isinstance(exception, KeyboardInterrupt):
+            restore_signal_handlers(trainer)
         callbacks: List[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         keeper = trainer.checkpoint_callback
         if (

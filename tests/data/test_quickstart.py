@@ -151,3 +151,11 @@ def test_what_is_written_is_in_the_official_format(tmp_path):
         content = json.loads((tmp_path / f"{name}.json").read_text("utf8"))
         assert sum(1 for _ in questions(content)) == count
     assert (tmp_path / "tokenizer" / "vocab.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("corpus", "digest"), [(TRAIN, "fce995f7b70d"), (VALIDATION, "59acf2efc543")]
+)
+def test_the_corpus_is_the_one_of_the_results(corpus, digest):
+    """On every Python; who changes it, measures anew."""
+    assert hashlib.sha256(json.dumps(corpus).encode()).hexdigest().startswith(digest)

@@ -12,7 +12,6 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from torch.optim import Optimizer
 
-from lightning_ipu_bert._compat.lightning import restore_signal_handlers
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.strategies.distributed import mesh as collectives
 from lightning_ipu_bert.strategies.distributed import weights
@@ -111,15 +110,6 @@ class Run:
         """Take this rank's part of the optimizer states of a checkpoint."""
         for optimizer, state in zip(optimizers, checkpoint["optimizer_states"]):
             load_optimizer_state(optimizer, self.shards.get(id(optimizer)), state)
-
-    def ends_by(self, exception: BaseException) -> bool:
-        """Return whether the strategy must tear down by itself on an exception.
-
-        After Ctrl-C Lightning 2.3 neither tears down nor restores signal handlers.
-        """
-        if isinstance(exception, KeyboardInterrupt):
-            restore_signal_handlers(self.trainer)
-        return isinstance(exception, KeyboardInterrupt)
 
     def finish(self) -> None:
         """Give the whole trained weights back to the module, on every rank."""

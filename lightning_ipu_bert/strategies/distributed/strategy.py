@@ -236,8 +236,8 @@ class PipelineParallelStrategy(ParallelStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        if self._run is not None and self._run.ends_by(exception):
-            self.teardown()
+        if self._run is not None and isinstance(exception, KeyboardInterrupt):
+            self.teardown()  # after Ctrl-C Lightning 2.3 does not
 
     @override
     def teardown(self) -> None:

@@ -14,7 +14,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_ipu_bert._compat.lightning import restore_signal_handlers
 from lightning_ipu_bert.checkpoint_file import IPU_KEY
 from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 from lightning_ipu_bert.pipeline.progress import progress_rules
@@ -26,7 +25,7 @@ from lightning_ipu_bert.strategies.ipu.loaders import LoaderMode, ipu_loader
 from lightning_ipu_bert.strategies.ipu.optimizer_checks import optimizer_rules
 from lightning_ipu_bert.strategies.ipu.precision import IPUPrecision
 from lightning_ipu_bert.strategies.ipu.profiling import profiled
-from lightning_ipu_bert.strategies.ipu.program.offline import CompiledOffline
+from lightning_ipu_bert.strategies.ipu.program.offline import CompiledOffline, compile_and_end
 from lightning_ipu_bert.strategies.ipu.program.optimizer import IPUOptimizer, OptimizerOptions
 from lightning_ipu_bert.strategies.ipu.program.options import OptionsContext, ipu_options
 from lightning_ipu_bert.strategies.ipu.program.random_state import RandomState
@@ -169,6 +168,11 @@ class Run:
         assert self.optimizer is not None
         self.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
 
+    def begin_training(self) -> None:
+        """Compile and end, where nothing more is asked for."""
+        if self.options.compile_only:
+            compile_and_end(self.trainer)
+
     def begin_step(self) -> None:
         """Note that a training step begins: it may update the weights once."""
         assert self.executor is not None
@@ -208,17 +212,11 @@ class Run:
         """Return the state of the IPUs' random numbers, if there is one."""
         return self.loaded.get("rng_state") if self.executor is None else self.executor.rng_state()
 
-    def ends_by(self, exception: BaseException) -> bool:
-        """Note an exception, and return whether the strategy must tear down by itself.
-
-        After Ctrl-C Lightning 2.3 neither tears down nor restores signal handlers.
-        """
+    def fails_by(self, exception: BaseException) -> None:
+        """Note that an exception ends the run."""
         self.failed = True
         if isinstance(exception, CompiledOffline):
             rank_zero_info("Nothing was run: compile_only is set. Run again without it.")
-        if isinstance(exception, KeyboardInterrupt):
-            restore_signal_handlers(self.trainer)
-        return isinstance(exception, KeyboardInterrupt)
 
     def close(self) -> Optional[List[int]]:
         """Give weights and optimizer state back to the host, and the IPUs to others.

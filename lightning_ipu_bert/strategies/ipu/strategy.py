@@ -32,7 +32,6 @@ from lightning_ipu_bert.strategies.ipu.loaders import LoaderMode
 from lightning_ipu_bert.strategies.ipu.optimizer_checks import one_optimizer
 from lightning_ipu_bert.strategies.ipu.precision import for_ipu
 from lightning_ipu_bert.strategies.ipu.program.losses import refuse_other_losses
-from lightning_ipu_bert.strategies.ipu.program.offline import compile_and_end
 from lightning_ipu_bert.strategies.ipu.run import Run, RunOptions
 
 
@@ -188,8 +187,7 @@ class IPUStrategy(ParallelStrategy):
 
     @override
     def on_train_start(self) -> None:
-        if self._options.compile_only:
-            compile_and_end(self.run.trainer)
+        self.run.begin_training()
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -238,8 +236,10 @@ class IPUStrategy(ParallelStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        if self._run is not None and self._run.ends_by(exception):
-            self.teardown()
+        if self._run is not None:
+            self._run.fails_by(exception)
+            if isinstance(exception, KeyboardInterrupt):
+                self.teardown()  # after Ctrl-C Lightning 2.3 does not
 
     @override
     def teardown(self) -> None:
