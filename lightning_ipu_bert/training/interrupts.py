@@ -52,29 +52,31 @@ class HeldSignals:
         self._first = 0.0  # when the first Ctrl-C came
 
     def hold(self, numbers: Sequence[int]) -> None:
-        """Take the place of the handlers of signals, once; others must not have ignored them."""
+        """Take the place of the handlers of signals, once; others must not have ignored them.
+
+        Who has a handler of their own for Ctrl-C keeps it.
+        """
         if threading.current_thread() is not threading.main_thread():
             return  # where Python lets nobody install handlers, nor does Lightning
         for number in numbers:
             handler = signal.getsignal(number)
+            if number == signal.SIGINT and handler is not signal.default_int_handler:
+                continue
             if callable(handler) and handler != self._note:
                 self._previous[number] = handler
                 self._seen.discard(number)
                 signal.signal(number, self._note)
 
-    @property
-    def held(self) -> List[int]:
-        """The signals that are held, in a fixed order."""
-        return sorted(self._previous)
-
-    def seen(self) -> List[bool]:
-        """Return which of the held signals have come."""
-        return [number in self._seen for number in self.held]
+    def seen(self, numbers: Sequence[int]) -> List[bool]:
+        """Return which of some signals have come."""
+        return [number in self._seen for number in numbers]
 
     def deliver(self, number: int) -> None:
-        """Let a signal take effect: call its own handler."""
+        """Let a signal take effect: call its own handler, if it is held."""
         # Once: Lightning's launcher sends SIGTERM to the other ranks, which know already.
-        self._previous.pop(number)(number, None)
+        handler = self._previous.pop(number, None)
+        if handler is not None:
+            handler(number, None)
 
     def interrupt(self) -> None:
         """Let Ctrl-C take effect.
@@ -82,7 +84,9 @@ class HeldSignals:
         Raises:
             InterruptedBetweenSteps: Always.
         """
-        signal.signal(signal.SIGINT, self._previous.pop(signal.SIGINT))
+        handler = self._previous.pop(signal.SIGINT, None)
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
         raise InterruptedBetweenSteps
 
     def release(self) -> None:
@@ -228,9 +232,8 @@ class SignalsBetweenSteps(Callback):
     def _deliver(self) -> bool:
         """Let signals take effect that any process has seen, and return whether Ctrl-C is one."""
         self._signals.hold(self._numbers)
-        numbers = self._signals.held
-        votes = self._agree(self._signals.seen()) if numbers else []
-        seen = [number for number, vote in zip(numbers, votes) if vote]
+        votes = self._agree(self._signals.seen(self._numbers))
+        seen = [number for number, vote in zip(self._numbers, votes) if vote]
         for number in seen:
             if number != signal.SIGINT:
                 self._signals.deliver(number)

@@ -2,8 +2,8 @@
 
 HARM is none, kill, memory, term (SIGTERM), int (SIGINT of this rank), terminal (SIGINT of all, as
 Ctrl-C sends it), twice (the same, and once more), save (a kill in the middle of a save), in the
-step HARM_STEP, or end (SIGTERM in a validation after the training). EPOCHS in the environment are
-trained, of two updates each.
+step HARM_STEP; end (SIGTERM in a validation after the training); early (as terminal, before the
+first step). EPOCHS in the environment are trained, of two updates each.
 """
 
 import os
@@ -32,7 +32,7 @@ def harm(kind):
         os.kill(os.getpid(), signal.SIGTERM)
     if kind == "int":
         os.kill(os.getpid(), signal.SIGINT)
-    if kind in ("terminal", "twice"):
+    if kind in ("terminal", "twice", "early"):
         os.killpg(0, signal.SIGINT)
     if kind == "twice":
         time.sleep(0.5)
@@ -52,6 +52,11 @@ class Fragile(LanguageModel):
         if sys.argv[2] == "end" and not self.training and here(self.trainer):
             harm("term")
         return super().stage_forward(blocks, hidden, batch)
+
+    def configure_optimizers(self):
+        if sys.argv[2] == "early" and here(self.trainer):
+            harm("early")
+        return super().configure_optimizers()
 
     def on_validation_batch_start(self, batch, batch_idx):
         if self.trainer.is_global_zero:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ipu_bert._compat.lightning import with_sampler
 from lightning_ipu_bert.pipeline.batches import BatchAlgebra, batch_size_rule
-from lightning_ipu_bert.pipeline.rules import Violation
+from lightning_ipu_bert.pipeline.rules import Violation, enforce
 from lightning_ipu_bert.strategies.batch_trees import leaves_of
 
 
@@ -25,17 +25,24 @@ def loader_rules(loaders: Any, batches: BatchAlgebra) -> Iterator[Violation]:
             yield from batch_size_rule(loader.batch_size, batches.gradient_accumulation_steps)
 
 
-def without_repeats(loader: object, evaluating: bool) -> object:
-    """Return a loader that shares its examples among replicas, each exactly once.
+def loader_of_replica(loader: object, batches: BatchAlgebra, training: bool) -> object:
+    """Return a loader that shares its examples among replicas; in evaluation each exactly once.
 
     Lightning's sampler for evaluation repeats some, so that all replicas have equally many; their
     scores would count twice. Replicas of a pipeline need not have equally many batches.
 
     Args:
         loader: As the Trainer has made it.
-        evaluating: Whether it is for validation, test or predict.
+        batches: What an update consists of.
+        training: Whether it is for training.
+
+    Raises:
+        UserError: If training batches are not divisible into micro-batches.
     """
-    if not evaluating or not isinstance(loader, DataLoader):
+    if training:
+        enforce(loader_rules(loader, batches))
+        return loader
+    if not isinstance(loader, DataLoader):
         return loader
     sampler = loader.sampler
     if type(sampler) is not DistributedSampler:

@@ -41,11 +41,10 @@ class Run:
             ranks: Have resolved the plan, and form the mesh.
             device: Of this rank.
         """
-        assert ranks.plan is not None
         assert ranks.mesh is not None
         self.trainer = trainer
         self.module = module
-        self.plan = ranks.plan
+        self.plan = ranks.take_plan()
         self.mesh = ranks.mesh
         self.device = device
         self.stages = self.plan.main.stages_on(self.mesh.pipeline_rank)

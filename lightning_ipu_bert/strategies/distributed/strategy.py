@@ -18,15 +18,15 @@ from typing_extensions import final, override
 
 from lightning_ipu_bert.pipeline.config import PipelineConfig
 from lightning_ipu_bert.pipeline.facts import StrategyFacts
-from lightning_ipu_bert.pipeline.rules import enforce
 from lightning_ipu_bert.strategies.arguments import names_nearest, pipeline_config, plan_fields
 from lightning_ipu_bert.strategies.distributed import mesh
 from lightning_ipu_bert.strategies.distributed.checks import is_training
 from lightning_ipu_bert.strategies.distributed.gradients import averaged_after
 from lightning_ipu_bert.strategies.distributed.launch.ranks import Launcher, Ranks
-from lightning_ipu_bert.strategies.distributed.loaders import loader_rules, without_repeats
+from lightning_ipu_bert.strategies.distributed.loaders import loader_of_replica
 from lightning_ipu_bert.strategies.distributed.precision import for_pipeline
 from lightning_ipu_bert.strategies.distributed.run import Run, report_failure
+from lightning_ipu_bert.training.termination import InterruptedBetweenSteps
 
 
 @final
@@ -197,9 +197,7 @@ class PipelineParallelStrategy(ParallelStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         training = is_training(self.lightning_module)
-        if training:
-            enforce(loader_rules(dataloader, self.config.batches))
-        return without_repeats(dataloader, evaluating=not training)
+        return loader_of_replica(dataloader, self.config.batches, training)
 
     @override
     def optimizer_step(
@@ -236,7 +234,7 @@ class PipelineParallelStrategy(ParallelStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        if self._run is not None and isinstance(exception, KeyboardInterrupt):
+        if self._run is not None and isinstance(exception, InterruptedBetweenSteps):
             self.teardown()  # after Ctrl-C Lightning 2.3 does not
 
     @override

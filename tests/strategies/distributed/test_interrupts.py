@@ -55,6 +55,18 @@ def test_a_second_ends_at_once_and_saves_nothing(tmp_path):
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_before_the_first_step_it_ends_at_once(rank, tmp_path):
+    """Ranks are anywhere then, and there is nothing to save."""
+    code, seconds, output, left = start(tmp_path, "early", rank)
+    assert code not in (0, None), output
+    assert seconds < 60
+    assert not left
+    assert "Traceback" not in output
+    assert not losses_in(output)
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
 @pytest.mark.parametrize("how", ["once", "terminal", "twice"])
 def test_a_notebook_goes_on(how, tmp_path):
     """Ranks are forked: see the script for what must hold afterwards."""

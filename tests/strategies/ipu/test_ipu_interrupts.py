@@ -116,6 +116,25 @@ def test_a_second_ends_at_once_and_saves_nothing(make, tmp_path, caplog, capfd):
 
 
 @pytest.mark.parametrize("make", [ipu_trainer, plain_trainer])
+def test_a_handler_of_ones_own_is_left_alone(make, tmp_path):
+    came = []
+
+    def handler(number, frame):
+        came.append(number)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        module, examples = with_adamw("bert", UPDATES)
+        steps = Losses()
+        make(tmp_path, steps, Press(2), whole(tmp_path)).fit(module, batches(examples, make))
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert came == [signal.SIGINT] * 2
+    assert len(steps.losses) == UPDATES
+
+
+@pytest.mark.parametrize("make", [ipu_trainer, plain_trainer])
 def test_in_a_validation_it_takes_effect_at_the_next_batch(make, tmp_path):
     class PressThere(pl.Callback):
         seen = 0

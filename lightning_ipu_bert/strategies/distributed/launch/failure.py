@@ -31,7 +31,8 @@ def all_failed_alike(exception: BaseException, launch: int) -> bool:
         exception: What this rank has raised.
         launch: Which launch of this process it is.
     """
-    if not dist.is_initialized() or lost_connection(exception):
+    anywhere = isinstance(exception, KeyboardInterrupt) or lost_connection(exception)
+    if anywhere or not dist.is_initialized():
         return False
     rank, world = dist.get_rank(), dist.get_world_size()
     keys = [f"lightning_ipu_bert/failed/{launch}/{r}" for r in range(world)]

@@ -62,16 +62,13 @@ class NotebookLauncher(MultiProcessingLauncher):
         """Pass Ctrl-C on to the ranks, within the context; a terminal sends it to them itself."""
         here, previous = os.getpid(), signal.getsignal(signal.SIGINT)
 
-        def pass_on(number: int, frame: Any) -> None:
-            if os.getpid() != here:  # in a rank, which has inherited the handler
-                assert callable(previous)
-                previous(number, frame)
-                return
-            for process in self.procs:
+        def pass_on(number: int, _: Any) -> None:
+            for process in self.procs if os.getpid() == here else ():
                 if process.pid is not None and process.is_alive():
                     os.kill(process.pid, number)
 
-        if not callable(previous) or threading.current_thread() is not threading.main_thread():
+        own = previous is not signal.default_int_handler
+        if own or threading.current_thread() is not threading.main_thread():
             yield
             return
         signal.signal(signal.SIGINT, pass_on)
@@ -104,6 +101,7 @@ class Interruptible:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # not the notebook's
         try:
             return self._function(*args, **kwargs)
         except InterruptedBetweenSteps as exception:

@@ -48,8 +48,7 @@ class Ranks:
         self.environment: Optional[ClusterEnvironment] = None
         """How processes find each other, once they have."""
         self.mesh: Optional[Mesh] = None
-        self.plan: Optional[Plan] = None
-        """Of the run that is about to begin, or has begun."""
+        self._plan: Optional[Plan] = None  # of the run that is about to begin
         self._ignored = ignored
         self._backend = backend
         self._timeout = timedelta(seconds=timeout_seconds)
@@ -109,13 +108,19 @@ class Ranks:
                 device.type, shape.batches.replication_factor, shape.ranks_per_replica
             )
 
+    def take_plan(self) -> Plan:
+        """Hand the plan over to the run that begins."""
+        plan, self._plan = self._plan, None
+        assert plan is not None
+        return plan
+
     def _prepare(self, trainer: Optional[Trainer], args: Any) -> None:
         """Check a run, resolve its plan and print it, before any process is started."""
         if trainer is None:
             return
-        self.plan = resolve_run(trainer, args, self.config)
+        self._plan = resolve_run(trainer, args, self.config)
         if self._ignored:
             rank_zero_info(f"Without effect on ranks: {', '.join(self._ignored)}.")
             self._ignored = []
-        for line in self.plan.lines() if self.plan is not None else ():
+        for line in self._plan.lines() if self._plan is not None else ():
             rank_zero_info(line)
