@@ -82,7 +82,7 @@ def test_only_strategies_know_poptorch_and_only_lazily(path):
     assert "poptorch" not in {name.split(".")[0] for name in imports(path, lazy=not inside)}
 
 
-PURE = ["pipeline", "planner", "data.settings", "models.bert_settings"]
+PURE = ["pipeline", "planner", "data.settings", "training.settings", "models.bert_settings"]
 WITHOUT = ["torch", "numpy", "lightning", "transformers", "datasets", "poptorch"]
 SCRIPT = f"""
 import importlib, pkgutil, sys, types

@@ -12,6 +12,7 @@ from test_floors import FILES, MODULES, PACKAGE, name_of
 
 import lightning_ipu_bert
 from lightning_ipu_bert import pipeline
+from lightning_ipu_bert.pipeline.schedules import SCHEDULES
 
 DYNAMIC = {
     "pipeline/facts.py": 1,  # the facts of a strategy, which foreign ones do not have
@@ -173,3 +174,11 @@ def test_private_names_are_listed_with_their_reasons():
                 used |= {m.name for m in node.body if isinstance(m, ast.FunctionDef)}
         for name in used:
             assert not re.match("_[^_]", name) or name in ast.get_docstring(tree), (path, name)
+
+
+def test_schedules_are_told_apart_by_their_table_only():
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text("utf8"))):
+            if isinstance(node, ast.Compare):
+                words = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                assert not words & set(SCHEDULES), f"{relative(path)}:{node.lineno}"

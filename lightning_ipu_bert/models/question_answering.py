@@ -30,9 +30,9 @@ from lightning_ipu_bert.training.gather import all_gather_objects
 from lightning_ipu_bert.training.optimizer import (
     decay_groups,
     learning_rate_schedule,
-    optimizer_rules,
     warmup_steps,
 )
+from lightning_ipu_bert.training.settings import learning_rate_rules
 
 Batch = Dict[str, Tensor]
 BatchLogits = Tuple[Tensor, Tensor, Tensor]
@@ -76,7 +76,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
             UserError: If no BERT can be built from what is given, or a number is out of its range.
         """
         super().__init__()
-        enforce(optimizer_rules(learning_rate, lr_schedule, warmup_ratio, warmup_steps))
+        enforce(learning_rate_rules(learning_rate, lr_schedule, warmup_ratio, warmup_steps))
         self.save_hyperparameters(ignore=["config"])
         network, self.has_trained_head = build_network(model_name_or_path, config)
         self.bert_config: BertConfig = network.config

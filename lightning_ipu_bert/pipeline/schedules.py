@@ -55,6 +55,8 @@ class Schedule:
     """Whether torch's class takes a list of stages; else the rank's only one."""
     least_stages_per_rank: int = 1
     most_stages_per_rank: Union[int, float] = 1
+    on_ipus: bool = False
+    """Whether PopTorch runs it."""
     in_rounds: bool = False
     """Micro-batches run in equal rounds of about one for each rank."""
     fills_stages: bool = False
@@ -138,6 +140,7 @@ SCHEDULES: Dict[str, Schedule] = {
         one_forward_one_backward_order,
         "Schedule1F1B",
         "ScheduleGPipe",
+        on_ipus=True,
         fills_stages=True,
         bubble_fraction=_bubble,
         stash_depth=lambda stage, ranks, micro_batches: min(micro_batches, ranks - stage),

@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, List
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from lightning_ipu_bert.pipeline.rules import Violation, choice_rule
-
-LR_SCHEDULES = {
-    "linear": "linear",
-    "cosine": "cosine",
-    "constant": "constant_with_warmup",
-}
-"""Our names of the schedules, and transformers'."""
-
-
-def optimizer_rules(
-    learning_rate: float, lr_schedule: str, warmup_ratio: float, warmup_steps: int
-) -> Iterator[Violation]:
-    """Hyperparameters are in their ranges."""
-    if learning_rate <= 0:
-        yield Violation("learning_rate", learning_rate, "must be above 0", "E.g. 5e-5.")
-    yield from choice_rule("lr_schedule", lr_schedule, LR_SCHEDULES)
-    if not 0 <= warmup_ratio < 1:
-        rule = "must be at least 0 and below 1"
-        yield Violation("warmup_ratio", warmup_ratio, rule, "E.g. 0.1.")
-    if warmup_steps < 0:
-        yield Violation("warmup_steps", warmup_steps, "must be 0 or more", "0 turns it off.")
+from lightning_ipu_bert.training.settings import LR_SCHEDULES
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
@@ -60,7 +39,7 @@ def learning_rate_schedule(
 
     Args:
         optimizer: Its learning rate is the highest one.
-        name: One of `LR_SCHEDULES`.
+        name: One of `settings.LR_SCHEDULES`.
         num_warmup_steps: Updates until the highest rate.
         total_steps: Updates of the whole run, at whose end linear and cosine reach 0.
     """

@@ -11,6 +11,7 @@ from typing import Iterator, List, NamedTuple, Union
 
 from lightning_ipu_bert.pipeline.plan import PipelineShape
 from lightning_ipu_bert.pipeline.rules import Violation, proportions_rule
+from lightning_ipu_bert.pipeline.schedules import SCHEDULES
 
 MOST_IPUS = 64
 """IPUs of one process."""
@@ -49,6 +50,25 @@ def proportion_rules(program: ProgramConfig) -> Iterator[Violation]:
             "Give one number for all, or one for each IPU.",
         )
     yield from proportions_rule(field, values)
+
+
+def rank_only_rules(stages_per_rank: int, schedule: str) -> Iterator[Violation]:
+    """What only ranks can have is not asked for."""
+    if stages_per_rank != 1:
+        yield Violation(
+            "stages_per_rank",
+            stages_per_rank,
+            "is not possible on IPUs: each holds one stage",
+            "Set it to 1, or leave it out.",
+        )
+    possible = [name for name, known in SCHEDULES.items() if known.on_ipus]
+    if schedule not in possible:
+        yield Violation(
+            "schedule",
+            schedule,
+            f"is not possible on IPUs: PopTorch runs its own, which is {', '.join(possible)}",
+            "Leave it out.",
+        )
 
 
 def program_rules(program: ProgramConfig, auto_round_num_ipus: bool = False) -> Iterator[Violation]:

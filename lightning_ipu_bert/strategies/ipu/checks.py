@@ -23,24 +23,6 @@ from lightning_ipu_bert.strategies.ipu.hardware import check_hardware, check_pop
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
 
-def rank_only_rules(stages_per_rank: int, schedule: str) -> Iterator[Violation]:
-    """What only ranks can have is not asked for."""
-    if stages_per_rank != 1:
-        yield Violation(
-            "stages_per_rank",
-            stages_per_rank,
-            "is not possible on IPUs: each holds one stage",
-            "Set it to 1, or leave it out.",
-        )
-    if schedule != "1f1b":
-        yield Violation(
-            "schedule",
-            schedule,
-            "is not possible on IPUs: PopTorch runs its own, which is 1f1b",
-            "Leave it out.",
-        )
-
-
 def resolve_run(trainer: Trainer, module: Any, config: IPUConfig, auto_round: bool) -> Plan:
     """Check a run, and resolve the plan that it follows.
 

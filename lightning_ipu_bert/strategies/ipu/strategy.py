@@ -21,11 +21,11 @@ from lightning_ipu_bert.pipeline.facts import StrategyFacts
 from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 from lightning_ipu_bert.pipeline.ipu.fields import PLAN_FIELDS
 from lightning_ipu_bert.pipeline.ipu.file import read_values
+from lightning_ipu_bert.pipeline.ipu.program import rank_only_rules
 from lightning_ipu_bert.pipeline.rules import enforce
 from lightning_ipu_bert.strategies.arguments import names_nearest, plan_fields
 from lightning_ipu_bert.strategies.ipu import checkpoints
 from lightning_ipu_bert.strategies.ipu.accelerator import IPUAccelerator, expand
-from lightning_ipu_bert.strategies.ipu.checks import rank_only_rules
 from lightning_ipu_bert.strategies.ipu.console import overridden_fields
 from lightning_ipu_bert.strategies.ipu.environment import PoprunEnvironment
 from lightning_ipu_bert.strategies.ipu.loaders import LoaderMode
