@@ -1,4 +1,4 @@
-"""Checkpoint files: the keys of what this package keeps in them, and how they are read."""
+"""Checkpoint files: the keys of the entries that this package adds, and how to read them."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any, Dict
 from lightning_ipu_bert.errors import UserError
 
 TOKENIZER_KEY = "tokenizer_files"
-"""The files of the tokenizer: {name: text}."""
+"""Tokenizer files: {name: text}."""
 SCORES_KEY = "scores"
-"""The scores measured with just these weights."""
+"""Scores evaluated with exactly these weights."""
 ORIGIN_KEY = "trained_from"
-"""Name of the model that training began with."""
+"""Name of the pretrained model that training started from."""
 IPU_KEY = "ipu"
-"""The IPU config, the number of IPUs, and the state of their random numbers."""
+"""IPU config, number of IPUs, and the random state of the IPUs."""
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:
-    """Return the content of a checkpoint, on the CPU.
+    """Load a checkpoint onto the CPU.
 
     Raises:
-        UserError: If there is none, or it is not a checkpoint of plain values.
+        UserError: If the file does not exist or is not a checkpoint of plain values.
     """
-    import torch  # here: the keys above are also for code that must not need torch
+    import torch  # lazily: the keys above are also used by code that does not require torch
 
     if not Path(path).is_file():
-        raise UserError(f"There is no checkpoint '{path}'. Check the path.")
+        raise UserError(f"Checkpoint '{path}' does not exist. Check the path.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(
             f"'{path}' is not a checkpoint of this package: {str(error).splitlines()[0]} "
-            "Give a .ckpt that fit has written."
+            "Pass a .ckpt file written by fit."
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(

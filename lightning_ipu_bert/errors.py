@@ -1,11 +1,11 @@
-"""The one kind of error that is meant for users."""
+"""The error for values that a user can correct."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A value that a user gave breaks a rule.
+    """A value given by the user is invalid.
 
-    The message is one line and gives the value, the rule and the way out. The command line prints
-    it without a traceback and ends with exit code 2.
+    The message is one line: the value, the rule and how to fix it. The command line prints it
+    without a traceback and exits with code 2.
     """

@@ -13,19 +13,19 @@ from filelock import FileLock
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
-    """Give a name to write to; rename what was written to `path` once the block ends well.
+    """Yield a temporary path to write to; rename it to `path` when the block ends without an error.
 
-    A kill at any moment leaves what stood under `path` as it was.
+    A process that is killed at any point leaves the previous content of `path` intact.
 
     Args:
-        path: The final name of a file; its folder is created.
+        path: Final path of the file; its folder is created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         with partial.open("rb") as file:
-            os.fsync(file.fileno())  # or a power failure might leave the new name without content
+            os.fsync(file.fileno())  # or a power failure could leave an empty file under the final name
         os.replace(partial, path)
     finally:
         if partial.exists():
@@ -33,17 +33,17 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
 
 def built_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Return a folder that the first process that asks for it builds; others wait meanwhile.
+    """Return a folder, built by the first process that requests it; other processes wait.
 
     Args:
-        folder: The final name.
-        build: Writes the content into the folder that it is given.
+        folder: Final path of the folder.
+        build: Writes the content into the folder passed to it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             partial = folder.with_name(f"{folder.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
             build(partial)
             os.replace(partial, folder)
     return folder

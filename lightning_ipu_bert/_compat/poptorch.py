@@ -1,9 +1,9 @@
-"""PopTorch 3.4: its private names. No newer version will end them.
+"""PopTorch 3.4: private names. There is no newer version.
 
 Files are relative to https://github.com/graphcore/poptorch/tree/sdk-release-3.4/python.
 
 - `Options._Popart` (options.py): options of the compiler, as in Graphcore's own examples.
-- `PoptorchParameter`, `PoptorchBuffer` (_impl.py): classes that PopTorch leaves behind.
+- `PoptorchParameter`, `PoptorchBuffer` (_impl.py): classes that PopTorch leaves on tensors.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ def popart_options(options: Any) -> Any:
 
 
 def unwrap(module: nn.Module) -> None:
-    """Give parameters and buffers their own classes back.
+    """Restore the classes of parameters and buffers.
 
-    PopTorch gives them classes that fetch weights when they are looked at, takes these away in
-    `destroy`, and gives them back whenever another program is compiled (`_impl._wrapper_registry`);
-    the next training program then refuses the buffers.
+    PopTorch sets classes that fetch weights on access, restores the original ones in `destroy`, and
+    sets them again whenever another program is compiled (`_impl._wrapper_registry`); the next
+    training program then rejects the buffers.
     """
     for tensor in [*module.parameters(), *module.buffers()]:
         if type(tensor).__name__ in ("PoptorchParameter", "PoptorchBuffer"):

@@ -1,15 +1,15 @@
-"""torch: 2.0 beside 2.13, and its private names.
+"""torch: differences between 2.0 and 2.13, and private names.
 
 Files are relative to https://github.com/pytorch/pytorch/tree/main.
 
 - `Module._apply` (torch/nn/modules/module.py): `Module.to` fails on meta tensors, which must
-  stay. None public in 2.13.
-- `Tensor._backward_hooks`, `_post_accumulate_grad_hooks` (torch/_tensor.py): whether somebody
-  looks at a gradient. None public in 2.13.
+  remain. No public API in 2.13.
+- `Tensor._backward_hooks`, `_post_accumulate_grad_hooks` (torch/_tensor.py): whether hooks are
+  registered. No public API in 2.13.
 - `torch._C.DisableTorchFunction` (torch/csrc (docs: "Extending PyTorch")): PopTorch's parameters
   are a subclass of Tensor. Ends with the SDK stack.
-- `_get_default_store` (torch/distributed/distributed_c10d.py): messages that no collective
-  blocks. None public in 2.13.
+- `_get_default_store` (torch/distributed/distributed_c10d.py): messages that no
+  collective can block. No public API in 2.13.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 
 def has_pipelining() -> bool:
-    """Return whether this torch runs pipelines; torch 2.0 has none, and 2.4 lacks options.
+    """Return whether torch supports pipelining; torch 2.0 does not, and 2.4 lacks options.
 
     Ends when the SDK stack (torch 2.0.1) is no longer supported.
     """
@@ -36,15 +36,15 @@ def has_pipelining() -> bool:
 
 
 def apply_to_tensors(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
-    """Replace every parameter and buffer of a module in place, keeping parameters' identity.
+    """Replace every parameter and buffer of a module in place, keeping the identity of parameters.
 
-    `nn.Module.to` fails on meta tensors, which must stay.
+    `nn.Module.to` fails on meta tensors, which must remain.
     """
     module._apply(function)  # type: ignore[no-untyped-call]
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:
-    """Return whether somebody has registered a hook on a parameter's gradient.
+    """Return whether a hook is registered on the gradient of a parameter.
 
     `register_post_accumulate_grad_hook` came with torch 2.1.
     """
@@ -53,17 +53,17 @@ def has_gradient_hooks(parameter: Tensor) -> bool:
 
 
 def without_torch_function() -> Any:
-    """Return a context in which subclasses of Tensor, as PopTorch's parameters, behave plainly."""
+    """Return a context in which subclasses of Tensor, like PopTorch's parameters, act as Tensor."""
     return torch._C.DisableTorchFunction()
 
 
 def wait_for_keys(keys: List[str], key: str, value: str, seconds: float) -> List[str]:
-    """Put a value into the store of the process group, and return the values of all keys.
+    """Set a value in the store of the process group, and return the values of all keys.
 
-    Works without any collective, so that it cannot hang behind one.
+    Uses no collective, so that a pending one cannot block it.
 
     Raises:
-        RuntimeError: If a key is not there in time.
+        RuntimeError: If a key is missing after the timeout.
     """
     from torch.distributed.distributed_c10d import _get_default_store
 

@@ -1,9 +1,9 @@
-"""transformers: 4.46 beside 5.x, and its private names.
+"""transformers: differences between 4.46 and 5.x, and private names.
 
 Files are relative to https://github.com/huggingface/transformers/tree/main/src.
 
-- `_attn_implementation` (transformers/configuration_utils.py): which mask the attention takes.
-  None public in 5.24.
+- `_attn_implementation` (transformers/configuration_utils.py): the kind of mask of the attention.
+  No public API in 5.24.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from transformers import BertConfig
 
 
 def layer_output(output: Any) -> Any:
-    """Return the hidden states that a layer of BERT gives, in a tuple before transformers 5."""
+    """Return the hidden states from the output of a BERT layer, a tuple before transformers 5."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def takes_boolean_mask(config: BertConfig) -> bool:
-    """Return whether the attention of a model takes a boolean mask; else it adds a mask."""
+    """Return whether the attention of a model takes a boolean mask instead of an additive one."""
     return bool(config._attn_implementation == "sdpa")

@@ -1,4 +1,4 @@
-"""The batch algebra: what one weight update, and one call of a program, consist of."""
+"""The batch algebra: examples per micro-batch, weight update and call of a program."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from lightning_ipu_bert.pipeline.rules import Violation, enforce
 
 @dataclass(frozen=True)
 class BatchAlgebra:
-    """How many micro-batches make an update, and how many updates a call.
+    """Micro-batches per weight update, and weight updates per call.
 
     micro-batch x gradient_accumulation_steps x replication_factor = global batch = one update.
     """
 
     gradient_accumulation_steps: int = 1
-    """Micro-batches of a replica between two weight updates."""
+    """Micro-batches of a replica per weight update."""
     replication_factor: int = 1
-    """Copies of the pipeline."""
+    """Number of copies of the pipeline."""
     device_iterations: int = 1
-    """Weight updates of one call from the host; above 1 only on IPUs."""
+    """Weight updates per call from the host; above 1 only on IPUs."""
 
     @property
     def micro_batches_per_call(self) -> int:
-        """Micro-batches that one call from the host works through, over all replicas."""
+        """Micro-batches per call from the host, over all replicas."""
         return self.device_iterations * self.gradient_accumulation_steps * self.replication_factor
 
     def replica_batch_size(self, micro_batch_size: int) -> int:
-        """Return the examples of one replica in a weight update: what a loader yields."""
+        """Return the examples of one replica per weight update, which is the batch of a loader."""
         return micro_batch_size * self.gradient_accumulation_steps
 
     def global_batch_size(self, micro_batch_size: int) -> int:
-        """Return the examples in a weight update, over all replicas."""
+        """Return the examples per weight update, over all replicas."""
         return self.replica_batch_size(micro_batch_size) * self.replication_factor
 
     def host_batch_size(self, micro_batch_size: int) -> int:
-        """Return the examples in one call from the host."""
+        """Return the examples per call from the host."""
         return self.global_batch_size(micro_batch_size) * self.device_iterations
 
 
 def batch_size_rule(batch_size: int, gradient_accumulation_steps: int) -> Iterator[Violation]:
-    """A loader's batch divides into equal micro-batches."""
-    size, rest = divmod(batch_size, gradient_accumulation_steps)
-    if rest or not size:
+    """The batch of a loader must be divisible into equal micro-batches."""
+    size, remainder = divmod(batch_size, gradient_accumulation_steps)
+    if remainder or not size:
         yield Violation(
             "batch_size",
             batch_size,
@@ -55,20 +55,20 @@ def batch_size_rule(batch_size: int, gradient_accumulation_steps: int) -> Iterat
 
 
 def micro_batch_size_of(batch_size: int, gradient_accumulation_steps: int) -> int:
-    """Return the micro-batch size of a loader that yields `batch_size` examples.
+    """Return the micro-batch size for a loader with batches of `batch_size` examples.
 
     Raises:
-        UserError: If the batch is not divisible.
+        UserError: If the batch size is not divisible.
     """
     enforce(batch_size_rule(batch_size, gradient_accumulation_steps))
     return batch_size // gradient_accumulation_steps
 
 
 def equal_micro_batches(examples: int, micro_batch_size: int) -> Tuple[int, int]:
-    """Return number and size of equal micro-batches that hold exactly `examples`.
+    """Return the number and size of equal micro-batches that hold exactly `examples`.
 
-    A ragged last batch is cut into more and smaller micro-batches than planned: none is lost, none
-    is padded, and the mean over equal micro-batches stays the mean over the examples.
+    A ragged last batch is split into more and smaller micro-batches than planned: no example is
+    dropped or padded, and the mean over equal micro-batches remains the mean over the examples.
     """
     size = next(s for s in range(min(examples, micro_batch_size), 0, -1) if examples % s == 0)
     return examples // size, size

@@ -1,4 +1,4 @@
-"""The blocks of a module, and which of its parameters are in which."""
+"""The blocks of a module, and the parameters of each block."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ NUMBERED = re.compile(r"((?P<series>.*)\.)?(?P<number>\d+)")
 
 
 class ModuleOutline(NamedTuple):
-    """What a plan needs to know of a module."""
+    """The properties of a module that a plan depends on."""
 
     name: str
-    """Name of its class, for messages."""
+    """Class name, for messages."""
     blocks: Tuple[str, ...]
     """Names of all blocks in forward order."""
     names_of_parameter: Mapping[str, Tuple[str, ...]]
-    """For every parameter, by its first name, all names that it has; tied ones have several."""
+    """All names of every parameter, by its first name; tied parameters have several."""
     labels: Mapping[str, str]
-    """Names for people; see `PipelineModule.block_labels`."""
+    """Display names; see `PipelineModule.block_labels`."""
 
     @property
     def blocks_of_parameter(self) -> Dict[str, AbstractSet[Optional[str]]]:
-        """For every parameter, by each of its names, the blocks that hold it."""
+        """The blocks that hold each parameter, by each name of the parameter."""
         return {
             name: {block_of(other, self.blocks) for other in names}
             for names in self.names_of_parameter.values()
@@ -44,38 +44,38 @@ class ModuleOutline(NamedTuple):
 
 
 def outline_of(module: Any) -> ModuleOutline:
-    """Return the outline of a module that offers the protocol."""
-    homes: Dict[int, List[str]] = {}
+    """Return the outline of a module that implements the protocol."""
+    names_by_id: Dict[int, List[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        homes.setdefault(id(parameter), []).append(name)
+        names_by_id.setdefault(id(parameter), []).append(name)
     return ModuleOutline(
         type(module).__name__,
         tuple(module.pipeline_blocks()),
-        {names[0]: tuple(names) for names in homes.values()},
+        {names[0]: tuple(names) for names in names_by_id.values()},
         module.block_labels,
     )
 
 
 def block_of(name: str, blocks: Sequence[str]) -> Optional[str]:
-    """Return the block that holds a parameter or buffer of this name, if one does."""
+    """Return the block that holds the parameter or buffer `name`, or None."""
     return next((block for block in blocks if name.startswith(f"{block}.")), None)
 
 
 def series_of(block: str) -> Optional[str]:
-    """Return the name before the number at the end, or None if there is no number."""
+    """Return the name without the trailing number, or None if there is no number."""
     match = NUMBERED.fullmatch(block)
     return match["series"] or "" if match else None
 
 
 def block_rules(outline: ModuleOutline) -> Iterator[Violation]:
-    """Blocks are distinct and hold every parameter once."""
+    """Blocks must be distinct and hold every parameter exactly once."""
     name, blocks = outline.name, outline.blocks
-    twice = sorted({block for block in blocks if blocks.count(block) > 1})
-    if twice or not blocks:
+    duplicates = sorted({block for block in blocks if blocks.count(block) > 1})
+    if duplicates or not blocks:
         yield Violation(
             f"{name}.pipeline_blocks()",
             None,
-            f"names {twice or 'no block'}{' more than once' if twice else ''}",
+            f"returns {duplicates or 'no block'}{' more than once' if duplicates else ''}",
             "Return every block once, in forward order.",
         )
         return
@@ -85,13 +85,13 @@ def block_rules(outline: ModuleOutline) -> Iterator[Violation]:
             yield Violation(
                 f"The parameter {names[0]} of {name}",
                 None,
-                f"belongs to no block of pipeline_blocks(): {list(blocks)}",
-                "Put it into one of them.",
+                f"is in no block of pipeline_blocks(): {list(blocks)}",
+                "Move it into one of them.",
             )
         elif len(owners) > 1:
             yield Violation(
                 name,
                 None,
-                f"ties the parameters {' and '.join(names)}, which belong to different blocks",
+                f"ties the parameters {' and '.join(names)}, which are in different blocks",
                 "Untie them: stages cannot share weights.",
             )

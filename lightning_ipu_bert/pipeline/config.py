@@ -1,4 +1,4 @@
-"""`PipelineConfig`: what the user writes about stages, replicas and micro-batches."""
+"""`PipelineConfig`: configuration of stages, replicas and micro-batches."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from lightning_ipu_bert.pipeline.schedules import micro_batch_rules, schedule_ru
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """How a model is cut into stages and how micro-batches flow through them.
+    """How a model is split into stages and how micro-batches are scheduled.
 
-    A record of what was written; `value_rules` and `training_rules` yield what is wrong with it.
+    Values are not checked on creation; `value_rules` and `training_rules` yield violations.
     """
 
     layers_per_stage: Optional[List[int]] = None
-    """Numbered layers on each stage, e.g. [3, 7, 7, 7]; -1 takes an equal share of the rest. Blocks
-    before the layers are placed on the first stage, blocks after them on the last. Null gives every
-    device one stage of equal size."""
+    """Number of layers on each stage, e.g. [3, 7, 7, 7]; stages with -1 share the remaining layers
+    equally. Blocks before the layers are placed on the first stage, blocks after them on the last.
+    Null places one stage of equal size on every device."""
     replication_factor: int = 1
-    """Copies of the pipeline, each with its own part of the data."""
+    """Number of copies of the pipeline; each processes its own shard of the data."""
     gradient_accumulation_steps: Optional[int] = None
-    """Micro-batches of a replica between two weight updates. Null is 1, or with layers_per_stage
-    null one for each stage."""
+    """Micro-batches of a replica per weight update. Null is 1, or the number of stages if
+    layers_per_stage is null."""
     stages_per_rank: int = 1
-    """Stages that one process holds, every n-th one (looped); 1 places each in its own process."""
+    """Stages per process (looped: every n-th stage); 1 places each stage in its own process."""
     schedule: str = "1f1b"
-    """Order of forwards and backwards: gpipe, 1f1b, interleaved_1f1b or zero_bubble."""
+    """Pipeline schedule: gpipe, 1f1b, interleaved_1f1b or zero_bubble."""
     recompute_checkpoint_every_layer: bool = False
-    """Keep only the inputs of layers and recompute their activations in the backward."""
+    """Store only the inputs of layers and recompute their activations in the backward pass."""
     replicated_tensor_sharding: bool = False
     """Shard the optimizer state over the replicas (RTS, ZeRO stage 1)."""
     optimizer_state_offchip: bool = False
-    """Keep the optimizer state in the host's memory."""
+    """Store the optimizer state in host memory."""
 
     def for_devices(self, num_devices: int) -> PipelineConfig:
-        """Return the configuration with a stage for every device where it names none."""
+        """Return the configuration with one stage per device if `layers_per_stage` is null."""
         if self.layers_per_stage is not None:
             return self
         stages = max(1, num_devices // max(1, self.replication_factor))
@@ -48,18 +48,18 @@ class PipelineConfig:
 
     @property
     def batches(self) -> BatchAlgebra:
-        """What an update consists of."""
+        """The batch algebra of training."""
         return BatchAlgebra(self.gradient_accumulation_steps or 1, self.replication_factor)
 
     @property
     def shape(self) -> PipelineShape:
-        """The pipeline that is asked for, in training and in inference."""
+        """The requested pipeline, for training and inference."""
         return PipelineShape(
             tuple(self.layers_per_stage or [-1]), self.batches, self.stages_per_rank
         )
 
     def value_rules(self) -> Iterator[Violation]:
-        """Rules that the values alone decide."""
+        """Rules for single values."""
         if self.layers_per_stage is not None:
             yield from layers_rule("layers_per_stage", self.layers_per_stage)
         for field in ("replication_factor", "stages_per_rank"):
@@ -69,7 +69,7 @@ class PipelineConfig:
         yield from schedule_rules(self.schedule, self.stages_per_rank)
 
     def shape_rules(self) -> Iterator[Violation]:
-        """Rules of the values together, once `value_rules` hold and the devices are known."""
+        """Rules for combinations of values, after `value_rules` hold and the devices are known."""
         shape = self.shape
         if shape.num_stages % shape.stages_per_rank:
             yield Violation(
@@ -77,18 +77,18 @@ class PipelineConfig:
                 self.stages_per_rank,
                 f"must divide the {shape.num_stages} stages of layers_per_stage="
                 f"{self.layers_per_stage}",
-                "Use a divisor, or another number of stages.",
+                "Use a divisor, or change the number of stages.",
             )
 
     def training_rules(self) -> Iterator[Violation]:
-        """Rules of training: the schedule has as many micro-batches as it needs."""
+        """Rules for training: the schedule has enough micro-batches."""
         shape, steps = self.shape, self.batches.gradient_accumulation_steps
         yield from micro_batch_rules(
             self.schedule, shape.num_stages, shape.ranks_per_replica, steps
         )
 
     def device_rules(self, num_processes: int, num_nodes: int = 1) -> Iterator[Violation]:
-        """There are as many ranks as the pipeline needs."""
+        """The number of ranks must match the pipeline."""
         shape = self.shape
         if num_processes * num_nodes != shape.num_devices:
             nodes = f" x num_nodes={num_nodes}" if num_nodes > 1 else ""
@@ -97,6 +97,6 @@ class PipelineConfig:
                 None,
                 f"must be {shape.num_devices}: {shape.num_stages} stages on "
                 f"{shape.ranks_per_replica} ranks x replication_factor={self.replication_factor}",
-                f"Set devices to {shape.num_devices}{' in all' if num_nodes > 1 else ''}, or "
+                f"Set devices to {shape.num_devices}{' in total' if num_nodes > 1 else ''}, or "
                 "change the stages or replicas.",
             )

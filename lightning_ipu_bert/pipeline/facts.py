@@ -1,4 +1,4 @@
-"""What model and data need to know of a strategy. Nothing else of it is looked at."""
+"""The properties of a strategy that models and data depend on. They read nothing else of it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StrategyFacts:
-    """Facts of a strategy; the defaults are those of strategies that are not ours."""
+    """Facts about a strategy; the defaults hold for strategies of other packages."""
 
     micro_batches_per_batch: int = 1
-    """Micro-batches in a batch of a loader: above 1 where the strategy accumulates by itself."""
+    """Micro-batches in a batch of a loader: above 1 if the strategy accumulates gradients itself."""
     updates_per_batch: int = 1
-    """Weight updates of one training batch: `device_iterations` on IPUs."""
+    """Weight updates per training batch: `device_iterations` on IPUs."""
     static_shapes: bool = False
-    """Whether batches must have one shape: loaders then pad all examples to one length."""
+    """Whether all batches must have the same shape: loaders then pad to a fixed length."""
     compile_seconds: float = 0.0
-    """Time that this run has spent compiling."""
+    """Compilation time of this run so far."""
     holds_interrupts: bool = False
-    """Whether the strategy itself lets Ctrl-C take effect between two steps."""
+    """Whether the strategy itself defers Ctrl-C to the end of a step."""
 
 
 def facts_of(trainer: Any) -> StrategyFacts:
-    """Return the facts of a Trainer's strategy.
+    """Return the facts about the strategy of a Trainer.
 
     Args:
-        trainer: A Trainer, or None for a data module without one.
+        trainer: The Trainer, or None for a data module without one.
     """
-    # The only place where a strategy is asked for something that others do not have.
+    # The only place that reads an attribute which other strategies do not have.
     facts = None if trainer is None else getattr(trainer.strategy, "facts", None)
     return facts if isinstance(facts, StrategyFacts) else StrategyFacts()

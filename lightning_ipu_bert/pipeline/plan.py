@@ -1,8 +1,8 @@
-"""The plan: what a run follows, resolved once from a configuration and a module's blocks.
+"""The plan of a run, resolved once from a configuration and the blocks of a module.
 
-Stages are lists of block names; a block is a named part of a model that is placed as a whole.
-Blocks whose names are alike but for a number at the end (``bert.encoder.layer.0``,
-``bert.encoder.layer.1``, ...) are the layers, which `layers_per_stage` counts.
+Stages are lists of block names; a block is a submodule that is placed as a unit. Blocks whose names
+differ only in a trailing number (``bert.encoder.layer.0``, ``bert.encoder.layer.1``, ...) are the
+layers that `layers_per_stage` counts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightning_ipu_bert.pipeline.table import device_allocation
 
 
 class PipelineShape(NamedTuple):
-    """One pipeline as a configuration asks for it, before the module is known."""
+    """A pipeline as requested by a configuration, before the module is known."""
 
     layers_per_stage: Tuple[int, ...]
     batches: BatchAlgebra
@@ -26,23 +26,23 @@ class PipelineShape(NamedTuple):
 
     @property
     def num_stages(self) -> int:
-        """Stages of one replica."""
+        """Number of stages of a replica."""
         return len(self.layers_per_stage)
 
     @property
     def ranks_per_replica(self) -> int:
-        """Devices that hold one replica."""
+        """Number of devices of a replica."""
         return self.num_stages // self.stages_per_rank
 
     @property
     def num_devices(self) -> int:
-        """Devices of all replicas: ranks or IPUs."""
+        """Number of devices of all replicas: ranks or IPUs."""
         return self.ranks_per_replica * self.batches.replication_factor
 
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """One resolved pipeline: what every stage holds, and what a batch consists of."""
+    """A resolved pipeline: the blocks of every stage, and the batch algebra."""
 
     shape: PipelineShape
     stages: Tuple[Tuple[str, ...], ...]
@@ -50,31 +50,31 @@ class PipelinePlan:
 
     @property
     def batches(self) -> BatchAlgebra:
-        """What an update and a call consist of."""
+        """The batch algebra."""
         return self.shape.batches
 
     @property
     def num_stages(self) -> int:
-        """Stages of one replica."""
+        """Number of stages of a replica."""
         return self.shape.num_stages
 
     @property
     def ranks_per_replica(self) -> int:
-        """Devices that hold one replica."""
+        """Number of devices of a replica."""
         return self.shape.ranks_per_replica
 
     def stages_on(self, pipeline_rank: int) -> List[int]:
-        """Return the stages that a rank of a replica holds, in order."""
+        """Return the stages placed on a pipeline rank, in order."""
         return list(range(pipeline_rank, self.num_stages, self.ranks_per_replica))
 
     def rank_of(self, stage: int) -> int:
-        """Return the pipeline rank that holds a stage."""
+        """Return the pipeline rank that a stage is placed on."""
         return stage % self.ranks_per_replica
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run follows. Executors, annotations, checks and tables take it; nobody resolves again.
+    """The resolved plan of a run, used by executors, annotations, checks and tables.
 
     A pipeline that the run does not need is None, and its rules do not apply.
     """
@@ -84,45 +84,45 @@ class Plan:
     blocks: Tuple[str, ...]
     """Names of all blocks in forward order."""
     layers: Tuple[str, ...]
-    """The numbered blocks, which are recomputed where recomputation is on."""
+    """The numbered blocks, which are recomputed if `recompute` is set."""
     stages_of_parameter: Mapping[str, Tuple[int, ...]]
-    """For every parameter, by each of its names, the stages that hold it."""
+    """The stages that hold each parameter, by each name of the parameter."""
     labels: Mapping[str, str]
-    """Names for people, by block or by series of numbered ones."""
+    """Display names, by block or by series of numbered blocks."""
     schedule: str = "1f1b"
     recompute: bool = False
-    """Keep only the inputs of layers and recompute their activations in the backward."""
+    """Store only the inputs of layers and recompute their activations in the backward pass."""
     replicated_tensor_sharding: bool = False
     optimizer_state_offchip: bool = False
 
     def of(self, training: bool) -> PipelinePlan:
-        """Return the pipeline that trains, or the one that evaluates."""
+        """Return the training or the inference pipeline."""
         pipeline = self.training if training else self.inference
-        assert pipeline is not None, "the plan was resolved for another run"
+        assert pipeline is not None, "the plan was resolved without this pipeline"
         return pipeline
 
     @property
     def main(self) -> PipelinePlan:
-        """The pipeline that trains, else the one that evaluates."""
+        """The training pipeline if there is one, else the inference pipeline."""
         return self.of(training=self.training is not None)
 
     @property
     def shards_optimizer(self) -> bool:
-        """Whether the optimizer state is sharded: one replica has none to share it with."""
+        """Whether the optimizer state is sharded, which requires several replicas."""
         return self.replicated_tensor_sharding and self.main.batches.replication_factor > 1
 
     def stages_of(self, name: str) -> Tuple[int, ...]:
-        """Return the stages that hold an entry of the state dict; none if it is in no block."""
+        """Return the stages that hold an entry of the state dict; empty if it is in no block."""
         if name in self.stages_of_parameter:
             return self.stages_of_parameter[name]
         return _stages_with(self.main, {block_of(name, self.blocks)})
 
     def lines(self) -> Iterator[str]:
-        """Return what a run prints of its plan: notices, and the table "Device Allocation"."""
+        """Yield what a run prints about its plan: notices and the table "Device Allocation"."""
         if self.replicated_tensor_sharding and not self.shards_optimizer:
             yield (
-                "replicated_tensor_sharding is off: with replication_factor=1 there is no other "
-                "replica to share the optimizer state with."
+                "replicated_tensor_sharding has no effect with replication_factor=1: there is no "
+                "other replica to shard the optimizer state over."
             )
         yield device_allocation(self.main.stages, self.labels)
 
@@ -141,15 +141,15 @@ def resolve(
 
     Args:
         outline: The module's blocks and parameters.
-        training: The pipeline that trains, if the run does.
-        inference: The pipeline that evaluates, if the run does.
-        schedule: Name of the schedule that trains.
+        training: The training pipeline, or None if the run does not train.
+        inference: The inference pipeline, or None if the run does not evaluate.
+        schedule: Name of the training schedule.
         recompute: Whether layers are recomputed.
-        replicated_tensor_sharding: Whether the optimizer state is to be sharded.
-        optimizer_state_offchip: Whether it is kept off the device.
+        replicated_tensor_sharding: Whether to shard the optimizer state.
+        optimizer_state_offchip: Whether to store the optimizer state in host memory.
 
     Raises:
-        UserError: If the layers cannot be placed.
+        UserError: If the layers cannot be placed as configured.
     """
     plans = {
         shape: PipelinePlan(shape, partition(outline.blocks, shape.layers_per_stage))
@@ -157,7 +157,7 @@ def resolve(
         if shape is not None
     }
     main = next(iter(plans.values()))
-    homes = {
+    stages_of_parameter = {
         name: _stages_with(main, owners) for name, owners in outline.blocks_of_parameter.items()
     }
     return Plan(
@@ -165,7 +165,7 @@ def resolve(
         inference=plans[inference] if inference else None,
         blocks=outline.blocks,
         layers=find_layers(outline.blocks),
-        stages_of_parameter=homes,
+        stages_of_parameter=stages_of_parameter,
         labels=outline.labels,
         schedule=schedule,
         recompute=recompute,
@@ -179,13 +179,13 @@ def _stages_with(pipeline: PipelinePlan, blocks: AbstractSet[Optional[str]]) -> 
 
 
 def find_layers(blocks: Sequence[str]) -> Tuple[str, ...]:
-    """Return the longest run of blocks whose names differ only in the number at the end."""
+    """Return the longest sequence of blocks whose names differ only in a trailing number."""
     runs = [tuple(run) for series, run in groupby(blocks, series_of) if series is not None]
     return max(runs, key=len, default=())
 
 
 def layer_rules(blocks: Sequence[str], layers_per_stage: Sequence[int]) -> Iterator[Violation]:
-    """The layers of all stages sum up to the model's, and no stage is left without a block."""
+    """The layers of all stages must add up to those of the model, and no stage may be empty."""
     field, value, count = "layers_per_stage", list(layers_per_stage), len(find_layers(blocks))
     fixed = sum(number for number in value if number != -1)
     if fixed > count or (fixed < count and -1 not in value):
@@ -193,7 +193,7 @@ def layer_rules(blocks: Sequence[str], layers_per_stage: Sequence[int]) -> Itera
             field,
             value,
             f"places {fixed} layers, but the model has {count}",
-            f"Make the numbers sum up to {count}, or put -1 for one of them.",
+            f"Change the numbers to add up to {count}, or use -1 for one of them.",
         )
         return
     stages = _cut(blocks, value)
@@ -202,8 +202,8 @@ def layer_rules(blocks: Sequence[str], layers_per_stage: Sequence[int]) -> Itera
             field,
             value,
             f"leaves stage {stages.index(())} without a block",
-            "Give it a layer, or use fewer stages (0 is possible at the ends, where other blocks "
-            "are placed).",
+            "Place a layer on it, or use fewer stages (0 is allowed on the first and the last "
+            "stage, which hold other blocks).",
         )
 
 
@@ -212,18 +212,18 @@ def partition(
 ) -> Tuple[Tuple[str, ...], ...]:
     """Return the blocks of every stage, in forward order.
 
-    Blocks before the layers are placed on the first stage, blocks after them on the last. Every -1
-    is an equal share of the remaining layers, the last of them takes the remainder.
+    Blocks before the layers are placed on the first stage, blocks after them on the last. Stages
+    with -1 share the remaining layers equally; the last of them takes the remainder.
 
     Args:
         blocks: Names of all blocks in forward order.
         layers_per_stage: Layers of each stage; see `PipelineConfig`.
 
     Raises:
-        UserError: If `layer_rules` are broken.
+        UserError: If `layer_rules` are violated.
 
     Source:
-        `layers_per_ipu` of optimum-graphcore's IPUConfig, which counts in the same way.
+        `layers_per_ipu` of IPUConfig in optimum-graphcore, which has the same semantics.
     """
     enforce(layer_rules(blocks, layers_per_stage))
     return _cut(blocks, layers_per_stage)

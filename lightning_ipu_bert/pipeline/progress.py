@@ -1,4 +1,4 @@
-"""What a checkpoint says about batches and updates, and whether a run can resume there."""
+"""Batch and update counters of a checkpoint, and whether a run can resume from them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from lightning_ipu_bert.pipeline.rules import Violation
 
 
 def progress_rules(checkpoint: Mapping[str, Any], updates_per_batch: int) -> Iterator[Violation]:
-    """A run that resumes counts batches and updates as before.
+    """A resumed run must count batches and updates as the saved run did.
 
-    In the middle of an epoch a batch must be as many updates as it was, and the updates so far must
-    be a whole number of batches, or no interval would ever be hit.
+    In the middle of an epoch the updates per batch must not change, and the updates so far must be
+    divisible by the updates per batch, or no interval would ever be reached.
 
     Args:
-        checkpoint: Lightning's, of any strategy.
-        updates_per_batch: Updates of a batch from now on: `device_iterations` on IPUs, else 1.
+        checkpoint: A Lightning checkpoint of any strategy.
+        updates_per_batch: Updates per batch of the resumed run: `device_iterations` on IPUs, else 1.
     """
     updates = checkpoint.get("global_step", 0)
     if updates % updates_per_batch:
         yield Violation(
             "device_iterations",
             updates_per_batch,
-            f"must divide the {updates} updates that the checkpoint has made, or no interval is "
-            "hit",
+            f"must divide the {updates} updates of the checkpoint, or no interval is reached",
             "Use a divisor, e.g. 1.",
         )
     loops = checkpoint.get("loops", {}).get("fit_loop", {})
@@ -35,7 +34,7 @@ def progress_rules(checkpoint: Mapping[str, Any], updates_per_batch: int) -> Ite
         yield Violation(
             "device_iterations",
             updates_per_batch,
-            "cannot count on: the checkpoint was saved in the middle of an epoch with "
+            "cannot resume a checkpoint that was saved in the middle of an epoch with "
             f"device_iterations={saved}",
-            f"Resume with device_iterations={saved}, or from a checkpoint of the end of an epoch.",
+            f"Resume with device_iterations={saved}, or from a checkpoint saved at the end of an epoch.",
         )

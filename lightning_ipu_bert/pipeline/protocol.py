@@ -1,4 +1,4 @@
-"""What a model offers so that it can be cut into stages, and what it gets for it."""
+"""The protocol between a model that can be pipelined and the executor that runs its stages."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from lightning_ipu_bert.pipeline.rules import Violation
 
 
 class PipelineExecutor(Protocol):
-    """Runs a model's batches on stages; a strategy provides one."""
+    """Runs the stages of a model on a batch; provided by a strategy."""
 
     def loss(self, batch: Any) -> Any:
-        """Return the loss of a batch; with gradients on, its `backward` gives the gradients."""
+        """Return the loss of a batch; if gradients are enabled, its `backward` sets them."""
 
     def output(self, batch: Any) -> Any:
         """Return the output of the last block for the whole batch, on every rank."""
 
 
 class PipelineModule:
-    """Base of a LightningModule that can be cut into stages.
+    """Mixin for a LightningModule that can be pipelined.
 
     ::
 
@@ -33,21 +33,21 @@ class PipelineModule:
                 self.log("train/loss", loss)
                 return loss
 
-    `run_loss` and `run_output` run the stages where the strategy has some, and all blocks one after
-    the other where it has none: under `auto`, DDP and so on the module trains as any other.
+    `run_loss` and `run_output` run the stages under a pipeline strategy, and all blocks in order
+    under any other: with `auto`, DDP and so on the module trains like any LightningModule.
     """
 
     block_labels: Mapping[str, str] = {}
-    """Names for people in the table "Device Allocation", by block or by series of numbered ones."""
+    """Display names in the table "Device Allocation", by block or by series of numbered blocks."""
 
     pipeline_executor: Optional[PipelineExecutor] = None
-    """Runs the stages; set by a pipeline strategy for the length of a run."""
+    """Runs the stages; set by a pipeline strategy for the duration of a run."""
 
     def pipeline_blocks(self) -> Sequence[str]:
         """Return the names of all blocks in forward order, e.g. ["embed", "layers.0", "head"].
 
-        A block is a submodule that is placed on one stage as a whole; every parameter belongs to
-        exactly one. Blocks that are numbered are the layers that `layers_per_stage` counts.
+        A block is a submodule that is placed on one stage as a unit; every parameter is in exactly
+        one block. Numbered blocks are the layers that `layers_per_stage` counts.
         """
         raise NotImplementedError
 
@@ -56,13 +56,13 @@ class PipelineModule:
 
         Args:
             blocks: Names of the blocks to run, in order.
-            hidden: What the block before the first one returned: one tensor, or a tuple of some;
-                None before the very first block.
-            batch: The micro-batch as the loader gives it, with fewer examples; every stage has it.
+            hidden: Output of the preceding block: a tensor or a tuple of tensors; None for the
+                first block of the model.
+            batch: The micro-batch: a batch of the loader with fewer examples, on every stage.
 
         Returns:
-            What the next block takes; for the last block the model's output, a tensor or a nested
-            structure of tensors whose first dimension counts the examples.
+            Input of the next block; for the last block the output of the model, a tensor or a
+            nested structure of tensors of shape [examples, ...].
         """
         raise NotImplementedError
 
@@ -70,32 +70,32 @@ class PipelineModule:
         """Return the loss of a micro-batch, a scalar: the mean over its examples.
 
         Args:
-            output: What the last block returned.
+            output: Output of the last block.
             batch: The micro-batch.
         """
         raise NotImplementedError
 
     def run_loss(self, batch: Any) -> Any:
-        """Return the mean loss of a batch, whose `backward` gives the gradients of every block.
+        """Return the mean loss of a batch, whose `backward` sets the gradients of every block.
 
-        Under a pipeline strategy the stages have run forward and backward already when it returns.
-        Scale the loss as you like; only what is linear in it reaches the gradients.
+        A pipeline strategy runs forward and backward of all stages inside this call. The loss may
+        be multiplied by a factor; other functions of it do not reach the gradients.
         """
         if self.pipeline_executor is not None:
             return self.pipeline_executor.loss(batch)
         return self.pipeline_loss(self.run_output(batch), batch)
 
     def run_output(self, batch: Any) -> Any:
-        """Return the output of the last block for a batch. On a pipeline: without gradients."""
+        """Return the output of the last block for a batch, without gradients under a pipeline strategy."""
         if self.pipeline_executor is not None:
             return self.pipeline_executor.output(batch)
         return self.stage_forward(self.pipeline_blocks(), None, batch)
 
     def estimated_updates(self) -> int:
-        """Return the weight updates of the whole `fit`, for learning rate schedules.
+        """Return the total number of weight updates of `fit`, for learning rate schedules.
 
-        Lightning's `trainer.estimated_stepping_batches` counts batches, and on IPUs a batch may be
-        several updates (`device_iterations`).
+        `trainer.estimated_stepping_batches` counts batches, and on IPUs a batch may be several
+        updates (`device_iterations`).
         """
         trainer: Any = self.trainer  # type: ignore[attr-defined]
         updates = trainer.estimated_stepping_batches * facts_of(trainer).updates_per_batch
@@ -103,7 +103,7 @@ class PipelineModule:
 
 
 def module_rules(module: Any) -> Iterator[Violation]:
-    """A module derives from `PipelineModule` and defines its three methods."""
+    """A module must derive from `PipelineModule` and override its three methods."""
     own, base = type(module), PipelineModule
     missing: Tuple[str, ...] = ("pipeline_blocks", "stage_forward", "pipeline_loss")
     if isinstance(module, base):
@@ -120,7 +120,7 @@ def module_rules(module: Any) -> Iterator[Violation]:
         yield Violation(
             own.__name__,
             None,
-            f"cannot be cut into stages: it lacks {', '.join(missing)}",
-            "Derive it from lightning_ipu_bert.PipelineModule and define its three methods, or use "
-            "another strategy, e.g. --trainer.strategy auto.",
+            f"cannot be pipelined: it does not define {', '.join(missing)}",
+            "Derive it from lightning_ipu_bert.PipelineModule and override its three methods, or "
+            "use another strategy, e.g. --trainer.strategy auto.",
         )

@@ -1,7 +1,7 @@
-"""Rules as values: what breaks a rule, why, and the way out.
+"""Rules as values: the invalid value, the rule, and how to fix it.
 
-A rule is a function that yields violations. Strategies raise the first one; whoever wants to show
-them all iterates. Rules need neither torch nor devices.
+A rule is a function that yields violations. Strategies raise the first one; other code may collect
+all of them. Rules need neither torch nor devices.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from lightning_ipu_bert.errors import UserError
 
 
 class Violation(NamedTuple):
-    """A value that breaks a rule."""
+    """A value that violates a rule."""
 
     field: str
     """The field or object as the user writes it, e.g. gradient_accumulation_steps."""
     value: Any
-    """Its value; None if the field alone says enough."""
+    """Its value; None if the field alone is sufficient."""
     rule: str
-    """What the value breaks, continuing the sentence "field=value ..."."""
-    way_out: str
-    """What to change, as sentences of their own."""
+    """The rule, as the continuation of the sentence "field=value ..."."""
+    fix: str
+    """How to fix it, as complete sentences."""
 
     @override
     def __str__(self) -> str:
         """Return the violation in one line."""
         subject = self.field if self.value is None else f"{self.field}={self.value!r}"
-        return f"{subject} {self.rule}. {self.way_out}"
+        return f"{subject} {self.rule}. {self.fix}"
 
 
 def enforce(violations: Iterable[Violation]) -> None:
@@ -44,46 +44,46 @@ def enforce(violations: Iterable[Violation]) -> None:
 
 
 def count_rule(field: str, value: Any) -> Iterator[Violation]:
-    """Counts are integers of at least 1."""
+    """Counts must be integers of at least 1."""
     if not _is_int(value) or value < 1:
         yield Violation(
-            field, value, "must be a whole number of at least 1", "Set it to 1 or more."
+            field, value, "must be an integer of at least 1", "Set it to 1 or more."
         )
 
 
 def choice_rule(field: str, value: Any, choices: Iterable[str]) -> Iterator[Violation]:
-    """Names are among the known ones."""
+    """Names must be known."""
     known = list(choices)
     if value not in known:
         close = nearest(str(value), known)
-        way_out = f"Did you mean '{close}'? Use one of {', '.join(known)}."
-        yield Violation(field, value, "is unknown", way_out)
+        fix = f"Did you mean '{close}'? Use one of {', '.join(known)}."
+        yield Violation(field, value, "is unknown", fix)
 
 
 def layers_rule(field: str, value: Any, device: str = "stage") -> Iterator[Violation]:
-    """Layers are a non-empty list of counts, or of -1."""
+    """Layers must be a non-empty list of counts, or of -1."""
     numbers = list(value) if isinstance(value, (list, tuple)) else []
     if not numbers or any(not _is_int(number) or number < -1 for number in numbers):
         yield Violation(
             field,
             value,
-            f"must be a list of numbers of layers, one for each {device}; -1 takes an equal share "
-            "of the rest",
+            f"must be a list with the number of layers on each {device}; those with -1 share the "
+            "remaining layers equally",
             "E.g. [3, 7, 7, 7] or [-1, -1].",
         )
 
 
 def proportions_rule(field: str, values: Any) -> Iterator[Violation]:
-    """Proportions are numbers in (0, 1]."""
+    """Proportions must be numbers in (0, 1]."""
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
             yield Violation(
-                field, values, f"holds {value!r}, which must be in (0, 1]", "Change it."
+                field, values, f"contains {value!r}, which must be in (0, 1]", "Change it."
             )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the known name that is most like `name`."""
+    """Return the known name that is most similar to `name`."""
     return get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 

@@ -1,6 +1,6 @@
-"""Schedules: in which order a rank runs forwards and backwards. One table holds all of them.
+"""Schedules: the order of forwards and backwards on a rank, in one table.
 
-Letters: P ranks of a replica, M micro-batches. A new schedule is an entry of `SCHEDULES` and a
+Notation: P ranks of a replica, M micro-batches. A new schedule is an entry of `SCHEDULES` and a
 function that returns its order.
 """
 
@@ -15,11 +15,11 @@ from lightning_ipu_bert.pipeline.rules import Violation, choice_rule
 
 FORWARD, BACKWARD = "F", "B"
 BACKWARD_INPUT, BACKWARD_WEIGHT = "I", "W"
-"""The two halves of a backward that zero-bubble schedules separate."""
+"""Gradients of the input and of the weights, which zero-bubble schedules compute separately."""
 
 
 class Action(NamedTuple):
-    """One forward or backward of one micro-batch in one stage."""
+    """A forward or backward of one micro-batch in one stage."""
 
     stage: int
     kind: str
@@ -28,44 +28,44 @@ class Action(NamedTuple):
 
 
 class RankSlot(NamedTuple):
-    """One rank of a replica, and what it has to do in an update."""
+    """A rank of a replica, and its workload per weight update."""
 
     rank: int
-    """Pipeline rank: 0 holds the first stage."""
+    """Pipeline rank; 0 holds the first stage."""
     ranks: int
     """Ranks of a replica."""
     stages_per_rank: int
     """Stages on each rank, looped: rank r holds r, r + ranks, r + 2 ranks, ..."""
     micro_batches: int
-    """Micro-batches in a weight update."""
+    """Micro-batches per weight update."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is known of a schedule."""
+    """Properties of a schedule."""
 
     order: Callable[[RankSlot], List[Action]]
-    """Returns what a rank does, in order."""
+    """Returns the actions of a rank, in order."""
     torch_class: str
-    """Its class in `torch.distributed.pipelining.schedules`."""
+    """Class in `torch.distributed.pipelining.schedules`."""
     torch_class_for_any_count: str
-    """The class that runs numbers of micro-batches that break this schedule's rules: ragged last
+    """Class for numbers of micro-batches that violate the rules of this schedule: ragged last
     batches and evaluation."""
     takes_stage_list: bool = False
-    """Whether torch's class takes a list of stages; else the rank's only one."""
-    least_stages_per_rank: int = 1
-    most_stages_per_rank: Union[int, float] = 1
+    """Whether the class takes a list of stages instead of a single one."""
+    min_stages_per_rank: int = 1
+    max_stages_per_rank: Union[int, float] = 1
     on_ipus: bool = False
     """Whether PopTorch runs it."""
     in_rounds: bool = False
-    """Micro-batches run in equal rounds of about one for each rank."""
+    """Whether micro-batches run in equal rounds of about one per rank."""
     fills_stages: bool = False
-    """At least one micro-batch for each stage."""
+    """Whether it needs at least one micro-batch per stage."""
     bubble_fraction: Optional[Callable[[int, int], float]] = None
-    """Closed form, from P and M, for stages of equal time; the timeline decides where None."""
+    """Closed form in P and M for stages of equal time; None computes it from the timeline."""
     stash_depth: Optional[Callable[[int, int, int], int]] = None
-    """Closed form, from stage, P and M: micro-batches whose activations a stage holds at most; the
-    order decides where None."""
+    """Closed form in stage, P and M: maximum number of micro-batches whose activations a stage
+    stashes; None computes it from the order."""
 
 
 def gpipe_order(slot: RankSlot) -> List[Action]:
@@ -75,7 +75,7 @@ def gpipe_order(slot: RankSlot) -> List[Action]:
 
 
 def one_forward_one_backward_order(slot: RankSlot) -> List[Action]:
-    """Forwards until the pipeline is full, then a backward and a forward in turn."""
+    """Forwards until the pipeline is full, then alternating backwards and forwards."""
     warmup = min(slot.micro_batches, slot.ranks - slot.rank)
     forwards = [Action(slot.rank, FORWARD, m) for m in range(slot.micro_batches)]
     backwards = [Action(slot.rank, BACKWARD, m) for m in range(slot.micro_batches)]
@@ -84,10 +84,10 @@ def one_forward_one_backward_order(slot: RankSlot) -> List[Action]:
 
 
 def interleaved_order(slot: RankSlot, zero_bubble: bool = False) -> List[Action]:
-    """Warm-up, one forward and one backward in turn, cool-down; over several stages of a rank.
+    """Warm-up, alternating forwards and backwards, cool-down; over several stages of a rank.
 
-    Rounds may have any equal length. With `zero_bubble` there are fewer warm-up forwards, and the
-    weight halves of backwards are delayed by as many backwards as the rank's number.
+    Rounds may have any equal length. With `zero_bubble` there are fewer warm-up forwards, and
+    rank r delays the weight gradients of a backward by r backwards.
     """
     in_round = slot.micro_batches // rounds_of(slot.ranks, slot.micro_batches)
     stages = range(slot.rank, slot.ranks * slot.stages_per_rank, slot.ranks)
@@ -119,7 +119,7 @@ def _in_rounds(
 
 
 def rounds_of(ranks: int, micro_batches: int) -> int:
-    """Return the number of rounds in which looped schedules run the micro-batches."""
+    """Return the number of rounds of a looped schedule."""
     return max(1, micro_batches // ranks)
 
 
@@ -150,8 +150,8 @@ SCHEDULES: Dict[str, Schedule] = {
         "ScheduleInterleaved1F1B",
         "ScheduleLoopedBFS",
         takes_stage_list=True,
-        least_stages_per_rank=2,
-        most_stages_per_rank=float("inf"),
+        min_stages_per_rank=2,
+        max_stages_per_rank=float("inf"),
         in_rounds=True,
     ),
     "zero_bubble": Schedule(
@@ -159,7 +159,7 @@ SCHEDULES: Dict[str, Schedule] = {
         "ScheduleInterleavedZeroBubble",
         "ScheduleLoopedBFS",
         takes_stage_list=True,
-        most_stages_per_rank=float("inf"),
+        max_stages_per_rank=float("inf"),
         in_rounds=True,
     ),
 }
@@ -173,24 +173,24 @@ Sources:
 
 
 def schedule_rules(name: str, stages_per_rank: int) -> Iterator[Violation]:
-    """A schedule is known, and runs as many stages on a rank as it can."""
+    """The schedule must be known and support the number of stages per rank."""
     yield from choice_rule("schedule", name, SCHEDULES)
     if name not in SCHEDULES:
         return
     schedule = SCHEDULES[name]
-    if stages_per_rank < schedule.least_stages_per_rank:
+    if stages_per_rank < schedule.min_stages_per_rank:
         yield Violation(
             "schedule",
             name,
-            f"interleaves several stages on a rank, but stages_per_rank={stages_per_rank}",
-            f"Set stages_per_rank to {schedule.least_stages_per_rank} or more, or use "
+            f"needs several stages per rank, but stages_per_rank={stages_per_rank}",
+            f"Set stages_per_rank to {schedule.min_stages_per_rank} or more, or use "
             "schedule='1f1b'.",
         )
-    if stages_per_rank > schedule.most_stages_per_rank:
+    if stages_per_rank > schedule.max_stages_per_rank:
         yield Violation(
             "schedule",
             name,
-            f"runs one stage on a rank, but stages_per_rank={stages_per_rank}",
+            f"supports one stage per rank, but stages_per_rank={stages_per_rank}",
             "Set stages_per_rank to 1, or use schedule='interleaved_1f1b'.",
         )
 
@@ -198,14 +198,14 @@ def schedule_rules(name: str, stages_per_rank: int) -> Iterator[Violation]:
 def micro_batch_rules(
     name: str, num_stages: int, ranks: int, micro_batches: int
 ) -> Iterator[Violation]:
-    """A schedule has as many micro-batches as it needs."""
+    """The schedule must have enough micro-batches."""
     schedule, field = SCHEDULES[name], "gradient_accumulation_steps"
     if schedule.fills_stages and micro_batches < num_stages:
         yield Violation(
             field,
             micro_batches,
-            f"is too few for schedule='{name}' on {num_stages} stages: it needs a micro-batch for "
-            "each",
+            f"is too few for schedule='{name}' with {num_stages} stages, which needs a micro-batch "
+            "per stage",
             f"Set it to {num_stages} or more, or use schedule='gpipe'.",
         )
     rounds = rounds_of(ranks, micro_batches)
@@ -213,14 +213,14 @@ def micro_batch_rules(
         yield Violation(
             field,
             micro_batches,
-            f"must be divisible by {rounds}, the rounds which schedule='{name}' runs on {ranks} "
+            f"must be divisible by {rounds}, the number of rounds of schedule='{name}' on {ranks} "
             "ranks",
             f"Set it to a multiple of {ranks}, e.g. {(micro_batches // ranks + 1) * ranks}.",
         )
 
 
 def torch_class_of(name: str, num_stages: int, ranks: int, micro_batches: int) -> str:
-    """Return the name of torch's class that runs a number of micro-batches."""
+    """Return the name of the torch class that runs this number of micro-batches."""
     fits = not any(micro_batch_rules(name, num_stages, ranks, micro_batches))
     schedule = SCHEDULES[name]
     return schedule.torch_class if fits else schedule.torch_class_for_any_count

@@ -1,4 +1,4 @@
-"""The table "Device Allocation": which blocks are placed on which stage."""
+"""The table "Device Allocation": the blocks of every stage."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ TITLE = "Device Allocation"
 
 
 def device_allocation(stages: Sequence[Sequence[str]], labels: Mapping[str, str]) -> str:
-    """Return the table, a line for each stage.
+    """Return the table, one line per stage.
 
     Args:
         stages: The blocks of every stage.
-        labels: What to call a block, or a series of numbered ones by the name before the number;
-            their own names where there is none.
+        labels: Display names by block, or by series of numbered blocks; other blocks are listed
+            by their own names.
     """
     rows = [", ".join(_describe(blocks, labels)) for blocks in stages]
     width = max(len(TITLE), *(len(row) + 7 for row in rows))
@@ -25,7 +25,7 @@ def device_allocation(stages: Sequence[Sequence[str]], labels: Mapping[str, str]
 
 
 def _describe(blocks: Sequence[str], labels: Mapping[str, str]) -> Iterator[str]:
-    """Name the blocks of one stage; consecutive layers become a range."""
+    """Yield the names of the blocks of a stage; consecutive layers become a range."""
     for series, run in groupby(blocks, series_of):
         names = list(run)
         if series is None:

@@ -1,1 +1,1 @@
-"""Planning without hardware: what a plan costs in time and memory before anything runs."""
+"""Planning without hardware: time and memory of a plan before anything runs."""

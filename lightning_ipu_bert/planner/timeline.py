@@ -1,6 +1,6 @@
-"""Timelines of schedules: when each rank does what, how long it idles, what it stashes.
+"""Timelines of schedules: when each action runs, idle time and stashed activations of a rank.
 
-Letters: P stages (or ranks, where each holds one stage), M micro-batches.
+Notation: P stages (or ranks, where each holds one stage), M micro-batches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightning_ipu_bert.pipeline.schedules import (
 
 
 class Event(NamedTuple):
-    """An action and when it runs."""
+    """An action with its start and end."""
 
     rank: int
     action: Action
@@ -29,11 +29,11 @@ class Event(NamedTuple):
 
 
 class Durations(NamedTuple):
-    """How long the actions of a stage take, in any one unit."""
+    """Durations of the actions of a stage, in any unit."""
 
     forward: float = 1.0
     backward: float = 2.0
-    """Of both halves together, which are taken to be equally long."""
+    """Input and weight gradients together, which are assumed to take equally long."""
 
     def of(self, kind: str) -> float:
         """Return the duration of an action."""
@@ -47,17 +47,17 @@ def timeline(
     micro_batches: int,
     durations: Sequence[Durations] = (),
 ) -> List[Event]:
-    """Return when every action runs if each starts as soon as its rank and its inputs allow.
+    """Return all actions with their times, each started as soon as its rank and inputs are ready.
 
     Args:
         schedule: A name of `SCHEDULES`.
         ranks: Ranks of a replica.
-        stages_per_rank: Stages on each, looped.
+        stages_per_rank: Stages per rank, looped.
         micro_batches: Micro-batches in a weight update.
-        durations: Of each stage; all alike if empty. Transfers take no time.
+        durations: One per stage; equal for all stages if empty. Transfers take no time.
 
     Raises:
-        RuntimeError: If the order cannot run: ranks wait for each other.
+        RuntimeError: If the order deadlocks.
     """
     stages = ranks * stages_per_rank
     durations = durations or [Durations()] * stages
@@ -83,13 +83,13 @@ def timeline(
 
 
 def _done(action: Action) -> Tuple[int, str, int]:
-    """Return what an action provides: a full backward gives its input half to the stage before."""
+    """Return what an action provides: a full backward provides the input gradient."""
     kind = BACKWARD_INPUT if action.kind == BACKWARD else action.kind
     return action.stage, kind, action.micro_batch
 
 
 def _needs(action: Action, stages: int) -> List[Tuple[int, str, int]]:
-    """Return what must be done before an action."""
+    """Return the dependencies of an action."""
     stage, kind, m = action
     if kind == FORWARD:
         return [(stage - 1, FORWARD, m)] if stage else []
@@ -99,8 +99,8 @@ def _needs(action: Action, stages: int) -> List[Tuple[int, str, int]]:
     return [(stage, FORWARD, m), *after]
 
 
-def idle_shares(events: Sequence[Event]) -> List[float]:
-    """Return the share of the whole time in which each rank idles."""
+def idle_fractions(events: Sequence[Event]) -> List[float]:
+    """Return the fraction of the total time that each rank is idle."""
     total = max(event.end for event in events)
     busy: Dict[int, float] = {}
     for event in events:
@@ -109,22 +109,22 @@ def idle_shares(events: Sequence[Event]) -> List[float]:
 
 
 def bubble_fraction(schedule: str, ranks: int, stages_per_rank: int, micro_batches: int) -> float:
-    """Return the mean share of time in which a rank idles, for stages of equal time.
+    """Return the mean fraction of time that a rank is idle, for stages of equal time.
 
-    The schedule's closed form where it has one, else from the timeline.
+    Uses the closed form of the schedule if it has one, otherwise the timeline.
     """
     closed_form = SCHEDULES[schedule].bubble_fraction
     if closed_form is not None and stages_per_rank == 1:
         return closed_form(ranks, micro_batches)
-    shares = idle_shares(timeline(schedule, ranks, stages_per_rank, micro_batches))
-    return sum(shares) / len(shares)
+    fractions = idle_fractions(timeline(schedule, ranks, stages_per_rank, micro_batches))
+    return sum(fractions) / len(fractions)
 
 
 def stash_depths(schedule: str, ranks: int, stages_per_rank: int, micro_batches: int) -> List[int]:
-    """Return for every stage how many micro-batches' activations it holds at most.
+    """Return for every stage the maximum number of micro-batches whose activations it stashes.
 
-    The schedule's closed form where it has one, else from the order: a stage holds a micro-batch
-    from its forward to the end of its backward.
+    Uses the closed form of the schedule if it has one, otherwise the order: a stage stashes a
+    micro-batch from its forward to the end of its backward.
     """
     closed_form = SCHEDULES[schedule].stash_depth
     if closed_form is not None and stages_per_rank == 1:

@@ -1,4 +1,4 @@
-"""Strategies: who runs the stages, and how Lightning sees it."""
+"""Strategies that run the stages of a module under Lightning."""
 
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
@@ -14,18 +14,18 @@ IPU_NAME = "ipu_pipeline"
 
 
 def register_strategies() -> None:
-    """Let `Trainer(strategy="pipeline")` and its relatives find us; doing so twice does no harm."""
+    """Register the strategies and the accelerator with Lightning; idempotent."""
     for name, start_method in (("pipeline", "popen"), ("pipeline_notebook", "fork")):
         if name not in StrategyRegistry:
             StrategyRegistry.register(
                 name,
                 PipelineParallelStrategy,
-                description=f"pipeline stages and replicas, ranks started by {start_method}",
+                description=f"Pipeline parallelism, with ranks started by {start_method}",
                 start_method=start_method,
             )
     if IPU_NAME not in StrategyRegistry:
-        StrategyRegistry.register(IPU_NAME, IPUStrategy, description="stages and replicas on IPUs")
+        StrategyRegistry.register(IPU_NAME, IPUStrategy, description="Pipeline parallelism on IPUs")
     if IPUAccelerator.name() not in AcceleratorRegistry:
         AcceleratorRegistry.register(
-            IPUAccelerator.name(), IPUAccelerator, description="Graphcore IPUs, by PopTorch"
+            IPUAccelerator.name(), IPUAccelerator, description="Graphcore IPUs, through PopTorch"
         )

@@ -1,4 +1,4 @@
-"""Constructor arguments of strategies: nearest names for misspelled ones, and the plan's fields."""
+"""Constructor arguments of strategies: suggestions for misspelled names, and fields of the plan."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ P = ParamSpec("P")
 S = TypeVar("S")
 
 
-def names_nearest(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
-    """Let a constructor name the nearest argument for a misspelled one; Python 3.13 does so itself.
+def suggest_names(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
+    """Suggest the nearest argument for a misspelled one, as Python 3.13 does itself.
 
-    The signature stays as it is written, for `--help` and editors.
+    The signature of the constructor is preserved for `--help` and editors.
     """
     known = list(inspect.signature(init).parameters)[1:]
 
@@ -39,7 +39,7 @@ def names_nearest(init: Callable[Concatenate[S, P], None]) -> Callable[Concatena
 
 
 def plan_fields(arguments: Mapping[str, Any], names: Iterable[str]) -> Dict[str, Any]:
-    """Return the plan's fields among the arguments of a constructor."""
+    """Return the fields of the plan from the arguments of a constructor."""
     return {name: arguments[name] for name in names}
 
 
@@ -48,15 +48,15 @@ def pipeline_config(
     ipu_config: Union[str, Mapping[str, Any], None],
     pod_type: Optional[str],
 ) -> Tuple[PipelineConfig, List[str]]:
-    """Return the configuration of a pipeline of ranks, and names of fields without effect there.
+    """Return the configuration of a pipeline of ranks, and the names of ignored fields.
 
     Args:
-        given: Fields of `PipelineConfig`; where one is None, `ipu_config` decides.
+        given: Fields of `PipelineConfig`; those that are None are taken from `ipu_config`.
         ipu_config: As for `IPUStrategy`.
-        pod_type: Which of its values to take.
+        pod_type: Selects from values by pod type.
 
     Raises:
-        UserError: If a field is unknown, or a value breaks a rule.
+        UserError: If a field is unknown or a value is invalid.
     """
     values = read_values(ipu_config)
     fields = IPUConfig.from_dict(values, pod_type, plan_fields(given, PLAN_FIELDS))

@@ -1,4 +1,4 @@
-"""Batches and outputs of any structure: nested mappings, tuples and lists around tensors."""
+"""Batches and outputs of any structure: nested mappings, tuples and lists of tensors."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def map_tree(
     is_leaf: Optional[Callable[[Any], bool]] = None,
     sort_keys: bool = False,
 ) -> Any:
-    """Return the same structure with `function` applied to every leaf.
+    """Apply a function to every leaf of a structure.
 
     Args:
-        value: Mappings (of any kind, which is kept), tuples, named tuples and lists; all else is a
-            leaf.
-        function: Takes a leaf and returns what replaces it.
-        is_leaf: Values that are leaves although they are containers.
+        value: Mappings (whose type is preserved), tuples, named tuples and lists; everything else
+            is a leaf.
+        function: Returns the replacement of a leaf.
+        is_leaf: Returns whether a container is treated as a leaf.
         sort_keys: Visit mappings in the order of their keys and return plain dictionaries, so that
-            equal batches give equal sequences of leaves, however a loader built them.
+            the order of leaves does not depend on how a loader built the batch.
     """
 
     def walk(item: Any) -> Any:
@@ -39,7 +39,7 @@ def map_tree(
             return _like(item, {key: walk(entry) for key, entry in item.items()})
         if isinstance(item, tuple):
             parts = [walk(entry) for entry in item]
-            named = hasattr(item, "_fields")  # how Python itself recognizes a named tuple
+            named = hasattr(item, "_fields")  # as in the standard library
             return type(item)(*parts) if named else tuple(parts)
         if isinstance(item, list):
             return [walk(entry) for entry in item]
@@ -49,7 +49,7 @@ def map_tree(
 
 
 def _like(mapping: Mapping[Any, Any], items: Mapping[Any, Any]) -> Any:
-    """Return `items` as a mapping of the same kind."""
+    """Return `items` as a mapping of the same type."""
     if type(mapping) is dict or not isinstance(mapping, MutableMapping):
         return items
     result = copy.copy(mapping)
@@ -80,16 +80,16 @@ def count_examples(batch: Any) -> int:
         if tensor.dim():
             return len(tensor)
     raise UserError(
-        f"A batch of type {type(batch).__name__} has no tensor: its examples cannot be counted and "
-        "split into micro-batches. Let the loader give tensors, or nested structures of them."
+        f"A batch of type {type(batch).__name__} has no tensor, so its examples cannot be counted and "
+        "split into micro-batches. Return tensors or nested structures of tensors from the loader."
     )
 
 
 def split_batch(batch: Any, examples: int, size: int) -> List[Any]:
     """Split a batch into micro-batches of `size` examples.
 
-    Tensors whose first dimension counts the examples and lists of that many values are split; all
-    else goes into every micro-batch.
+    Tensors with `examples` rows and lists of `examples` values are split; everything else is in
+    every micro-batch.
     """
 
     def is_list_of_values(value: Any) -> bool:
@@ -112,7 +112,7 @@ def split_batch(batch: Any, examples: int, size: int) -> List[Any]:
 
 
 def shape_key(batch: Any) -> Hashable:
-    """Return what two batches must share so that stages exchange tensors of the same shape."""
+    """Return a key that is equal for batches whose stages exchange tensors of the same shapes."""
     return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(batch))
 
 
@@ -120,8 +120,8 @@ def join_outputs(parts: Sequence[Any], examples: Optional[int] = None) -> Any:
     """Concatenate the outputs of micro-batches along the examples; scalars are averaged.
 
     Args:
-        parts: Outputs of one structure.
-        examples: Keep so many, where the last part was padded; all where None.
+        parts: Outputs of the same structure.
+        examples: Number of examples to keep if the last part was padded; None keeps all.
     """
     joined = iter([_join(leaves, examples) for leaves in zip(*map(tensors_of, parts))])
     return map_tree(parts[0], lambda leaf: next(joined) if isinstance(leaf, Tensor) else leaf)

@@ -1,4 +1,4 @@
-"""Gradients that were computed before `backward` was called."""
+"""Losses whose gradients were computed before `backward` is called."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class _Bridge(torch.autograd.Function):
 
 
 def bridged(loss: Tensor, gradients: Gradients, scale: float) -> Tensor:
-    """Return a loss whose `backward` puts gradients into place that are there already.
+    """Return a loss whose `backward` installs gradients that were already computed.
 
-    A schedule runs forward and backward in one go, but Lightning calls `zero_grad` between
-    `training_step` and `backward`: gradients left in place would be wiped out, silently.
+    A schedule runs forward and backward together, but Lightning calls `zero_grad` between
+    `training_step` and `backward`, which would silently discard gradients.
 
     Args:
         loss: The value of the loss.
         gradients: The gradients of the loss, times `scale`.
-        scale: What the loss was multiplied by before its gradients were computed. A factor that
-            `backward` brings (a loss scaler's, the user's own) is set off against it.
+        scale: Factor of the loss when its gradients were computed. The incoming gradient of
+            `backward` (of a loss scaler or the user) is divided by it.
     """
 
     def install(incoming: Tensor) -> None:
@@ -51,11 +51,11 @@ def bridged(loss: Tensor, gradients: Gradients, scale: float) -> Tensor:
 
 
 def bridged_to(loss: Tensor, install: Callable[[Tensor], None]) -> Tensor:
-    """Return a loss whose `backward` calls `install` with the gradient that it is given.
+    """Return a loss whose `backward` calls `install` with its incoming gradient.
 
     Args:
         loss: The value of the loss.
-        install: Is called with d(what was differentiated)/d(loss): 1, or the user's factor.
+        install: Called with the gradient of the loss: 1, or the factor of the user.
     """
     anchor = torch.zeros((), device=loss.device, requires_grad=True)
     result: Tensor = _Bridge.apply(anchor, loss, install)  # type: ignore[no-untyped-call]
@@ -65,7 +65,7 @@ def bridged_to(loss: Tensor, install: Callable[[Tensor], None]) -> Tensor:
 def take_gradients(
     parameters: List[nn.Parameter], run: Callable[[], Optional[Tensor]]
 ) -> Tuple[Optional[Tensor], Gradients]:
-    """Call `run` and return its value and the gradients it made; those before it stay in place."""
+    """Return the value of `run` and the gradients it computes; earlier gradients are restored."""
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None

@@ -1,4 +1,4 @@
-"""What happens between an optimizer's closure and its update."""
+"""Hooks between the closure and the update of an optimizer."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Arguments = Tuple[Tuple[Any, ...], Dict[str, Any]]
 def around_update(
     optimizer: Optimizer, before: Callable[[], None], after: Callable[[], None]
 ) -> Callable[[], None]:
-    """Call functions right before and after an optimizer's updates.
+    """Call functions immediately before and after the updates of an optimizer.
 
-    Lightning runs training step, backward, hooks and clipping in the closure that it gives to
-    `Optimizer.step`. `before` is called after them, so that only the update itself sees what it
-    changes. The closure is called once: optimizers that call it several times are not supported.
+    Lightning runs training step, backward, hooks and clipping in the closure passed to
+    `Optimizer.step`. `before` is called after the closure, so that its changes affect only the
+    update. The closure is called once: optimizers that call it repeatedly are not supported.
 
     Args:
-        optimizer: Gets hooks by `register_step_pre_hook` and `register_step_post_hook`.
-        before: E.g. gives other parameters to the optimizer.
-        after: E.g. takes them back.
+        optimizer: Receives a step pre-hook and a step post-hook.
+        before: E.g. replaces the parameters of the optimizer.
+        after: E.g. restores them.
 
     Returns:
         A function that removes the hooks.
@@ -31,7 +31,7 @@ def around_update(
         _: Optimizer, args: Tuple[Any, ...], kwargs: Dict[str, Any]
     ) -> Optional[Arguments]:
         closure = kwargs.get("closure") or next(iter(args[1:]), None)
-        if closure is None:  # a GradScaler has called it
+        if closure is None:  # already called by a GradScaler
             before()
             return None
         result = closure()

@@ -1,4 +1,4 @@
-"""The callbacks that every run of our modules has."""
+"""The default callbacks of our modules."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_ipu_bert.training.termination import SaveOnTermination
 
 
 def missing_callbacks(trainer: Trainer, *others: Callback) -> List[Callback]:
-    """Return callbacks for `configure_callbacks`, less those of a kind that the Trainer has.
+    """Return callbacks for `configure_callbacks`, without those of a type that the Trainer has.
 
     Args:
         trainer: The module's Trainer.
-        others: Of the module, beside those that any module can use: random states in checkpoints,
-            saving on SIGTERM and Ctrl-C, and signals that take effect between steps.
+        others: Callbacks of the module, added to those that apply to any module: random states in
+            checkpoints, saving on SIGTERM and Ctrl-C, and signals deferred to the end of a step.
     """
     own = [RandomStates(), SaveOnTermination(), *others]
     if trainer.world_size == 1 and not facts_of(trainer).holds_interrupts:

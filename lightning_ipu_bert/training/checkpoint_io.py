@@ -1,4 +1,4 @@
-"""Checkpoints are written atomically."""
+"""Atomic writes of checkpoints."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lightning_ipu_bert.files import written_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its final name and renames it.
+    """Writes a checkpoint to a temporary file in the same folder and renames it.
 
-    Lightning's own goes through a temporary folder that may be on another disk: a kill while it is
-    copied from there breaks the previous checkpoint of that name.
+    Lightning's own plugin copies from a temporary folder that may be on another disk: a process
+    that is killed during the copy corrupts the previous checkpoint of that name.
     """
 
     @override
     def save_checkpoint(
         self, checkpoint: Dict[str, Any], path: Any, storage_options: Optional[Any] = None
     ) -> None:
-        """Write a checkpoint; stores like s3:// replace an object at once and are Lightning's."""
+        """Write a checkpoint; object stores like s3:// are atomic and left to Lightning."""
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return

@@ -1,4 +1,4 @@
-"""What several processes know, brought together."""
+"""All-gather of Python objects."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.distributed
 
 
 def all_gather_objects(value: Any) -> List[Any]:
-    """Return every process's value, in the order of ranks; only this one's without processes."""
+    """Return the values of all processes, in the order of ranks; [value] in a single process."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
     values: List[Any] = [None] * torch.distributed.get_world_size()

@@ -1,7 +1,7 @@
-"""Signals that take effect between two steps, Ctrl-C among them.
+"""Signals, including Ctrl-C, that are handled between two steps.
 
-The first Ctrl-C ends a run at the next place between two steps, where weights, optimizer state and
-counters fit together and can be saved. A second one ends it at once, and nothing is saved.
+The first Ctrl-C ends a run between two steps, where weights, optimizer state and counters are
+consistent and can be saved. A second Ctrl-C ends it immediately without saving.
 """
 
 from __future__ import annotations
@@ -23,63 +23,63 @@ from lightning_ipu_bert._compat.lightning import restore_signal_handlers, saves_
 from lightning_ipu_bert.training.termination import (
     InterruptedBetweenSteps,
     SaveOnTermination,
-    ends_in_order,
+    can_be_saved_after,
 )
 
 SAME_SECONDS = 0.25
-"""What comes within this time is the same Ctrl-C: a terminal sends it to all processes of a job,
-and a process that has started others passes it on to them."""
-HINT = "\nCtrl-C: the run ends after this step. Once more ends it at once, and saves nothing.\n"
+"""Signals within this time count as one Ctrl-C: a terminal sends it to all processes of a job, and
+launchers forward it to the processes that they started."""
+HINT = "\nCtrl-C: the run ends after this step. Press Ctrl-C again to end it immediately without saving.\n"
 
 
-class HeldSignals:
-    """Keeps signals back until somebody asks for them.
+class DeferredSignals:
+    """Defers signals until they are delivered explicitly.
 
-    Python runs handlers between any two instructions, so that a handler must not touch a run.
+    Python runs handlers between any two instructions, so a handler must not modify a run.
     """
 
-    def __init__(self, end_at_once: Callable[[], None], tell: bool = True) -> None:
-        """Hold nothing yet.
+    def __init__(self, end_at_once: Callable[[], None], print_hint: bool = True) -> None:
+        """Create the object without replacing any handler.
 
         Args:
-            end_at_once: Is called by the second Ctrl-C, in its handler.
-            tell: Whether the first Ctrl-C says what a second one does.
+            end_at_once: Called by the second Ctrl-C, in its handler.
+            print_hint: Whether the first Ctrl-C prints what a second one does.
         """
         self._end_at_once = end_at_once
-        self._tell = tell
+        self._print_hint = print_hint
         self._previous: Dict[int, Any] = {}
         self._seen: Set[int] = set()
         self._first = 0.0  # when the first Ctrl-C came
 
-    def hold(self, numbers: Sequence[int]) -> None:
-        """Take the place of the handlers of signals, once; others must not have ignored them.
+    def defer(self, numbers: Sequence[int]) -> None:
+        """Replace the handlers of signals, once, except of signals that are ignored.
 
-        Who has a handler of their own for Ctrl-C keeps it.
+        A custom handler for Ctrl-C is kept.
         """
         if threading.current_thread() is not threading.main_thread():
-            return  # where Python lets nobody install handlers, nor does Lightning
+            return  # Python installs handlers in the main thread only, and so does Lightning
         for number in numbers:
             handler = signal.getsignal(number)
             if number == signal.SIGINT and handler is not signal.default_int_handler:
                 continue
-            if callable(handler) and handler != self._note:
+            if callable(handler) and handler != self._record:
                 self._previous[number] = handler
                 self._seen.discard(number)
-                signal.signal(number, self._note)
+                signal.signal(number, self._record)
 
     def seen(self, numbers: Sequence[int]) -> List[bool]:
-        """Return which of some signals have come."""
+        """Return for each signal whether it was received."""
         return [number in self._seen for number in numbers]
 
     def deliver(self, number: int) -> None:
-        """Let a signal take effect: call its own handler, if it is held."""
-        # Once: Lightning's launcher sends SIGTERM to the other ranks, which know already.
+        """Call the original handler of a signal, if it is deferred."""
+        # Once: Lightning's launcher sends SIGTERM to the other ranks, which have received it already.
         handler = self._previous.pop(number, None)
         if handler is not None:
             handler(number, None)
 
     def interrupt(self) -> None:
-        """Let Ctrl-C take effect.
+        """End the run as requested by Ctrl-C.
 
         Raises:
             InterruptedBetweenSteps: Always.
@@ -90,62 +90,62 @@ class HeldSignals:
         raise InterruptedBetweenSteps
 
     def release(self) -> None:
-        """Put the handlers back that are still replaced."""
+        """Restore the handlers that are still replaced."""
         for number, handler in self._previous.items():
-            if signal.getsignal(number) == self._note:
+            if signal.getsignal(number) == self._record:
                 signal.signal(number, handler)
         self._previous.clear()
         self._seen.clear()
 
-    def _note(self, number: int, _: Any) -> None:
+    def _record(self, number: int, _: Any) -> None:
         if number == signal.SIGINT and number in self._seen:
             if time.monotonic() - self._first > SAME_SECONDS:
                 self._end_at_once()
         elif number == signal.SIGINT:
             self._first = time.monotonic()
-            if self._tell:
+            if self._print_hint:
                 sys.stderr.write(HINT)
         self._seen.add(number)
 
 
 def raise_at_once() -> None:
-    """End a run in a process in which somebody may want to continue."""
+    """End a run in a process that may continue, such as a notebook."""
     raise KeyboardInterrupt
 
 
-def alone(seen: List[bool]) -> List[bool]:
-    """Return what this process has seen: there are no others."""
+def single_process(seen: List[bool]) -> List[bool]:
+    """Return the signals that this process has received: there are no other processes."""
     return seen
 
 
 class SignalsBetweenSteps(Callback):
-    """Keeps signals back until all processes of a run have come to the same place.
+    """Defers signals until all processes of a run are at the same point between two steps.
 
-    In training this is the start of every batch: the update is then made, for a batch that was
-    drawn must not be lost, and the run ends after it; on SIGTERM Lightning does that, or saves and
-    continues if it was told to. In evaluation it is every batch too, unless there are several
-    replicas: they may have different numbers of batches, and wait for the end.
+    In training this is the start of every batch. The batch is still trained on, so that it is not
+    lost, and the run ends after it; on SIGTERM Lightning ends the run, or saves and continues if
+    configured so. In evaluation it is every batch too, except with several replicas, which may have
+    different numbers of batches: they handle signals at the end.
     """
 
     def __init__(
         self,
         end_at_once: Callable[[], None] = raise_at_once,
         numbers: Sequence[int] = (signal.SIGINT,),
-        agree: Callable[[List[bool]], List[bool]] = alone,
-        tell: bool = True,
+        agree: Callable[[List[bool]], List[bool]] = single_process,
+        print_hint: bool = True,
     ) -> None:
-        """Hold nothing yet.
+        """Create the object without replacing any handler.
 
         Args:
-            end_at_once: Is called by a second Ctrl-C.
+            end_at_once: Called by a second Ctrl-C.
             numbers: The signals.
-            agree: Returns which signals any process has seen, given those of this one.
-            tell: Whether this process says what a second Ctrl-C does.
+            agree: Returns the signals that any process has received, given those of this one.
+            print_hint: Whether this process prints what a second Ctrl-C does.
         """
-        self._signals = HeldSignals(end_at_once, tell)
+        self._signals = DeferredSignals(end_at_once, print_hint)
         self._numbers = numbers
         self._agree = agree
-        self._last_step = False  # Ctrl-C has come: the run ends after this step
+        self._last_step = False  # after Ctrl-C: the run ends after this step
 
     @override
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
@@ -195,32 +195,32 @@ class SignalsBetweenSteps(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Say how to resume from what somebody's own ModelCheckpoint has just saved."""
+        """Print how to resume from the checkpoint that a ModelCheckpoint of the user has saved."""
         self.release()
         if isinstance(exception, KeyboardInterrupt):
             restore_signal_handlers(trainer)
         callbacks: List[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        keeper = trainer.checkpoint_callback
+        checkpointing = trainer.checkpoint_callback
         if (
-            ends_in_order(exception)
-            and isinstance(keeper, ModelCheckpoint)
-            and saves_on_exception(keeper)
-            and keeper.last_model_path
+            can_be_saved_after(exception)
+            and isinstance(checkpointing, ModelCheckpoint)
+            and saves_on_exception(checkpointing)
+            and checkpointing.last_model_path
             and not any(isinstance(callback, SaveOnTermination) for callback in callbacks)
         ):
-            rank_zero_info(f"To resume: ckpt_path={keeper.last_model_path}")
+            rank_zero_info(f"To resume: ckpt_path={checkpointing.last_model_path}")
 
     def release(self) -> None:
-        """Leave the signals to whom they belong."""
+        """Restore the original handlers."""
         self._signals.release()
 
     def _deliver_in_evaluation(self, trainer: Trainer) -> None:
-        sharing = trainer.distributed_sampler_kwargs
-        if sharing is None or sharing["num_replicas"] == 1:
+        sampler_kwargs = trainer.distributed_sampler_kwargs
+        if sampler_kwargs is None or sampler_kwargs["num_replicas"] == 1:
             self._deliver_now()
 
     def _end(self, trainer: Trainer) -> None:
-        """Deliver where Lightning does not look any more, or a script would continue."""
+        """Handle signals after the last batch, where Lightning no longer checks for them."""
         self._deliver_now()
         if signal.SIGTERM in self._numbers and trainer.received_sigterm:
             raise SIGTERMException
@@ -230,8 +230,8 @@ class SignalsBetweenSteps(Callback):
             self._signals.interrupt()
 
     def _deliver(self) -> bool:
-        """Let signals take effect that any process has seen, and return whether Ctrl-C is one."""
-        self._signals.hold(self._numbers)
+        """Handle the signals that any process has received; return whether Ctrl-C is one of them."""
+        self._signals.defer(self._numbers)
         votes = self._agree(self._signals.seen(self._numbers))
         seen = [number for number, vote in zip(self._numbers, votes) if vote]
         for number in seen:

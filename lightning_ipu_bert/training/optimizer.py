@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups and the learning rate's schedule."""
+"""Parameter groups of the optimizer and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lightning_ipu_bert.training.settings import LR_SCHEDULES
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
-    """Split the trained parameters into those that decay and those that do not.
+    """Return two parameter groups of the trained parameters: with and without weight decay.
 
-    Biases and the LayerNorms' weights, the parameters with one dimension, do not decay.
+    Biases and LayerNorm weights, the parameters with one dimension, have no weight decay.
 
     Source:
         Devlin et al., BERT's optimization.py (exclude_from_weight_decay).
@@ -28,20 +28,20 @@ def decay_groups(module: nn.Module, weight_decay: float) -> List[Dict[str, Any]]
 
 
 def warmup_steps(total_steps: int, ratio: float, steps: int) -> int:
-    """Return the updates of the warm-up: `steps` where it is set, else a share of all updates."""
+    """Return the number of warm-up steps: `steps` if it is set, otherwise a ratio of all steps."""
     return steps or round(total_steps * ratio)
 
 
 def learning_rate_schedule(
     optimizer: Optimizer, name: str, num_warmup_steps: int, total_steps: int
 ) -> LambdaLR:
-    """Return a schedule that rises from 0 in the warm-up and then falls to 0, or stays.
+    """Return a schedule that increases from 0 during warm-up, then decreases to 0 or is constant.
 
     Args:
-        optimizer: Its learning rate is the highest one.
+        optimizer: Its learning rate is the peak of the schedule.
         name: One of `settings.LR_SCHEDULES`.
-        num_warmup_steps: Updates until the highest rate.
-        total_steps: Updates of the whole run, at whose end linear and cosine reach 0.
+        num_warmup_steps: Number of warm-up steps.
+        total_steps: Number of steps of the run, after which linear and cosine reach 0.
     """
     schedule: LambdaLR = get_scheduler(LR_SCHEDULES[name], optimizer, num_warmup_steps, total_steps)
     return schedule

@@ -1,4 +1,4 @@
-"""The random states of a run, in its checkpoints."""
+"""Random states in checkpoints."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing_extensions import override
 
 
 class RandomStates(Callback):
-    """Puts the states of the random generators into the checkpoint and back.
+    """Saves the states of the random generators in checkpoints and restores them.
 
-    Lightning does not; without them a resumed run draws other dropout masks.
+    Lightning does not; without them a resumed run draws different dropout masks.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class RandomStates(Callback):
 
     @override
     def state_dict(self) -> Dict[str, Any]:
-        """Return the states of this process's generators."""
+        """Return the states of the generators of this process."""
         cuda: List[torch.Tensor] = []
         if torch.cuda.is_available():
             cuda = [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())]
@@ -29,16 +29,16 @@ class RandomStates(Callback):
 
     @override
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Keep the states until the first batch."""
+        """Store the states until the first batch."""
         self._loaded = state_dict
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Restore the states as late as possible: setting up a run draws random numbers too."""
+        """Restore the states as late as possible: the setup of a run draws random numbers, too."""
         state, self._loaded = self._loaded, None
-        # A checkpoint holds the states of one process; several must not draw the same masks.
+        # A checkpoint contains the states of one process; several must not draw the same masks.
         if state is None or trainer.world_size > 1:
             return
         torch.set_rng_state(state["cpu"].cpu())

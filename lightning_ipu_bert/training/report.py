@@ -1,4 +1,4 @@
-"""What a run reports: its speed while it trains, and a summary at its end."""
+"""Reporting: throughput during training, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from typing_extensions import override
 from lightning_ipu_bert.pipeline.facts import facts_of
 
 WINDOW = 20
-"""Batches over which the speed is averaged."""
+"""Batches over which the throughput is averaged."""
 
 
 class BatchSize(NamedTuple):
-    """What a batch consists of."""
+    """Size of a batch."""
 
     examples: int
     tokens: Tensor
-    """Scalar, without padding; a tensor, so that nobody waits for the device."""
+    """Scalar, without padding; a tensor, to avoid a synchronization with the device."""
 
 
 class Timed(NamedTuple):
-    """One batch and how long it took."""
+    """Duration and size of a batch."""
 
     seconds: float
     size: BatchSize
@@ -37,14 +37,14 @@ class Timed(NamedTuple):
 
 @dataclass
 class Measurements:
-    """What was measured in one fit."""
+    """Measurements of one fit."""
 
     begin: float = field(default_factory=time.perf_counter)
     mark: float = 0.0
-    """When the batch at hand began, in seconds of `time.perf_counter`."""
+    """Start of the current batch, in seconds of `time.perf_counter`."""
     first_step: int = 0
     compiled: float = 0.0
-    """Seconds of compiling that were taken off already."""
+    """Compilation seconds that are already subtracted."""
     recent: Deque[Timed] = field(default_factory=lambda: deque(maxlen=WINDOW))
     seconds: float = 0.0
     examples: int = 0
@@ -56,7 +56,7 @@ class Measurements:
 class TrainingReport(Callback):
     """Logs examples/s and tokens/s, and prints a summary when `fit` ends.
 
-    The time of validation, and of compiling for IPUs, does not count as training.
+    Validation and compilation for IPUs do not count as training time.
     """
 
     def __init__(
@@ -65,12 +65,13 @@ class TrainingReport(Callback):
         best_of: Sequence[str] = (),
         closing_lines: Callable[[Trainer, str], List[str]] = lambda trainer, path: [],
     ) -> None:
-        """Create the callback; the module says what it knows about its data.
+        """Create the callback.
 
         Args:
             size_of: Returns the size of a batch.
-            best_of: Metrics whose best value the summary shows; higher is better.
-            closing_lines: Returns what follows the summary, given the Trainer and the checkpoint.
+            best_of: Metrics whose best value is shown in the summary; higher is better.
+            closing_lines: Returns lines to print after the summary, given the Trainer and the path of
+                the checkpoint.
         """
         self.size_of = size_of
         self.best_of = best_of
@@ -79,12 +80,12 @@ class TrainingReport(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from zero: a Trainer may fit twice."""
+        """Reset the measurements: a Trainer may fit twice."""
         self.measured = Measurements()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of the first batch; a resumed run knows its step only now."""
+        """Start the clock; the step of a resumed run is known only now."""
         self.measured.mark = time.perf_counter()
         self.measured.first_step = trainer.global_step
         self.measured.compiled = facts_of(trainer).compile_seconds
@@ -98,7 +99,7 @@ class TrainingReport(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Count a batch and log the speed over the last ones."""
+        """Count a batch and log the throughput over the last batches."""
         m, compiled, now = self.measured, facts_of(trainer).compile_seconds, time.perf_counter()
         seconds = now - m.mark - (compiled - m.compiled)
         m.mark, m.compiled = now, compiled
@@ -110,7 +111,7 @@ class TrainingReport(Callback):
             m.examples + size.examples,
             m.batches + 1,
         )
-        # Lightning divides the loss it hands out by the number of accumulated batches.
+        # Lightning divides the loss in `outputs` by the number of accumulated batches.
         loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
         m.loss = m.loss.to(loss.device) + loss
         total = sum(timed.seconds for timed in m.recent)
@@ -122,7 +123,7 @@ class TrainingReport(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the best scores, and take validation's time off the clock."""
+        """Update the best scores and exclude the validation from the training time."""
         self.measured.mark = time.perf_counter()
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
@@ -156,7 +157,7 @@ class TrainingReport(Callback):
 
 
 def checkpoint_path(trainer: Trainer) -> Optional[str]:
-    """Return the best checkpoint of a run, or the last one, if any was saved."""
+    """Return the best checkpoint of a run, otherwise the last one, or None."""
     callback = trainer.checkpoint_callback
     if not isinstance(callback, ModelCheckpoint):
         return None

@@ -1,4 +1,4 @@
-"""Settings of the optimizer. No torch: a plan is made without it."""
+"""Settings of the optimizer. No torch: a plan does not require it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ LR_SCHEDULES = {
     "cosine": "cosine",
     "constant": "constant_with_warmup",
 }
-"""Our names of the schedules, and transformers'."""
+"""Schedule name: name in transformers."""
 
 
 def learning_rate_rules(
     learning_rate: float, lr_schedule: str, warmup_ratio: float, warmup_steps: int
 ) -> Iterator[Violation]:
-    """Hyperparameters are in their ranges."""
+    """Hyperparameters must be within their ranges."""
     if not 0 < learning_rate < float("inf"):
         yield Violation("learning_rate", learning_rate, "must be above 0 and finite", "E.g. 5e-5.")
     yield from choice_rule("lr_schedule", lr_schedule, LR_SCHEDULES)

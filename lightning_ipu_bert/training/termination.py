@@ -1,4 +1,4 @@
-"""Runs that are ended by SIGTERM or Ctrl-C: what is saved, and how to resume."""
+"""Checkpoints of runs that are ended by SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from typing_extensions import override
 
 
 class InterruptedBetweenSteps(KeyboardInterrupt):
-    """Ctrl-C, at a place where the run can be saved."""
+    """Ctrl-C, handled between two steps, where the run can be saved."""
 
 
 class SaveOnTermination(Callback):
-    """Saves to `last.ckpt` when SIGTERM or Ctrl-C ends a run, and says how to resume it.
+    """Saves to `last.ckpt` when SIGTERM or Ctrl-C ends a run, and prints how to resume.
 
-    Lightning's own ModelCheckpoint does so only if told to by `save_on_exception` and `save_last`,
-    the first of which the SDK's Lightning does not have.
+    Lightning's ModelCheckpoint does so only with `save_on_exception` and `save_last`; the former
+    does not exist in Lightning 2.3.
     """
 
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Save beside the run's other checkpoints."""
-        keeper = trainer.checkpoint_callback
+        """Save to the folder of the ModelCheckpoint."""
+        checkpointing = trainer.checkpoint_callback
         training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if not (training and ends_in_order(exception)):
-            return  # evaluation has nothing to save, and must not overwrite what training saved
-        if isinstance(keeper, ModelCheckpoint) and keeper.dirpath:
-            path = Path(keeper.dirpath) / f"{keeper.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
+        if not (training and can_be_saved_after(exception)):
+            return  # evaluation must not overwrite the checkpoint of a training run
+        if isinstance(checkpointing, ModelCheckpoint) and checkpointing.dirpath:
+            path = Path(checkpointing.dirpath) / f"{checkpointing.CHECKPOINT_NAME_LAST}{checkpointing.FILE_EXTENSION}"
             trainer.save_checkpoint(path)
             cause = "SIGTERM" if isinstance(exception, SIGTERMException) else "Ctrl-C"
             rank_zero_info(f"Ended by {cause}. To resume: --ckpt_path {path}")
 
 
-def ends_in_order(exception: BaseException) -> bool:
-    """Return whether an exception ends a run at a place where it can be saved."""
+def can_be_saved_after(exception: BaseException) -> bool:
+    """Return whether an exception ends a run at a point where it can be saved."""
     return isinstance(exception, (SIGTERMException, InterruptedBetweenSteps))

@@ -1,1 +1,1 @@
-"""What only IPUs know: the fields of `ipu_config.json`, and the rules of PopTorch. No torch."""
+"""IPU-specific configuration: the fields of `ipu_config.json` and the rules of PopTorch. No torch."""

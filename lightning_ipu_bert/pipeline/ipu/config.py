@@ -1,4 +1,4 @@
-"""`IPUConfig`: how a model runs on IPUs, in the words of Graphcore's `ipu_config.json`."""
+"""`IPUConfig`: configuration of IPUs, with the field names of Graphcore's `ipu_config.json`."""
 
 from __future__ import annotations
 
@@ -27,96 +27,97 @@ from lightning_ipu_bert.pipeline.rules import (
 )
 
 DEFAULT_PROPORTION = 0.2
-"""Of an inference pipeline that training's list does not fit, as in optimum-graphcore."""
+"""For an inference pipeline with another number of IPUs than training, as in optimum-graphcore."""
 
 
 @dataclass(frozen=True)
 class IPUConfig:
-    """How a model runs on IPUs. The names are those of Graphcore's `ipu_config.json`.
+    """How a model runs on IPUs, with the field names of Graphcore's `ipu_config.json`.
 
-    A record of what was written; `value_rules` yields what is wrong with it.
+    Values are not checked on creation; `value_rules` yields violations.
 
     Source:
         IPUConfig of optimum-graphcore 0.3.1 and 0.7.1; PopTorch user guide 3.4, sections 4 and 5.
     """
 
     layers_per_ipu: List[int] = field(default_factory=lambda: [-1])
-    """Numbered layers on each IPU of a replica, e.g. [3, 7, 7, 7]; -1 takes an equal share of the
-    rest. Blocks before the layers are placed on the first IPU, blocks after them on the last."""
+    """Number of layers on each IPU of a replica, e.g. [3, 7, 7, 7]; IPUs with -1 share the remaining
+    layers equally. Blocks before the layers are placed on the first IPU, blocks after them on the
+    last."""
     replication_factor: int = 1
-    """Copies of the pipeline that train, each with its own part of the data."""
+    """Number of copies of the training pipeline; each processes its own shard of the data."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches of a replica between two weight updates."""
+    """Micro-batches of a replica per weight update."""
     recompute_checkpoint_every_layer: bool = False
-    """Keep only the outputs of layers and compute their insides again in the backward."""
+    """Store only the outputs of layers and recompute their activations in the backward pass."""
     replicated_tensor_sharding: bool = False
-    """Split the optimizer's state over the replicas (RTS, ZeRO stage 1)."""
+    """Shard the optimizer state over the replicas (RTS, ZeRO stage 1)."""
     optimizer_state_offchip: bool = False
-    """Keep the optimizer's state in the memory beside the IPUs."""
+    """Store the optimizer state in Streaming Memory."""
     ipus_per_replica: Optional[int] = None
-    """IPUs of a replica; as many as layers_per_ipu has entries. With layers_per_ipu [-1] the layers
-    are shared by this many IPUs."""
+    """IPUs of a replica; must equal the number of entries of layers_per_ipu. With layers_per_ipu
+    [-1] the layers are divided among this many IPUs."""
     device_iterations: int = 1
-    """Weight updates of one call from the host."""
+    """Weight updates per call from the host."""
     matmul_proportion: Union[float, List[float]] = 0.2
-    """Share of each IPU's memory for the temporary data of matrix products: one, or one per IPU."""
+    """Fraction of the memory of an IPU for temporary data of matrix multiplications: one value, or one
+    per IPU."""
     inference_layers_per_ipu: Optional[List[int]] = None
-    """As layers_per_ipu, for evaluation and prediction; layers_per_ipu where null."""
+    """layers_per_ipu for evaluation and prediction; null uses layers_per_ipu."""
     inference_replication_factor: int = 1
-    """Copies of the pipeline that evaluate and predict."""
+    """Number of copies of the inference pipeline."""
     inference_ipus_per_replica: Optional[int] = None
-    """As ipus_per_replica, for evaluation and prediction."""
+    """ipus_per_replica for evaluation and prediction."""
     inference_device_iterations: int = 1
-    """Micro-batches of a replica in one call that evaluates; at least the number of stages where
-    inference is pipelined."""
+    """Micro-batches of a replica per inference call; at least the number of stages if inference is
+    pipelined."""
     inference_matmul_proportion: Union[float, List[float], None] = None
-    """As matmul_proportion, for evaluation and prediction."""
+    """matmul_proportion for evaluation and prediction."""
     sharded_execution_for_inference: bool = False
-    """Let stages evaluate one after the other instead of side by side."""
+    """Run the stages of inference sequentially instead of pipelined."""
     embedding_serialization_factor: Optional[int] = None
-    """Parts in which the large embedding table is read, to save memory; 1 where null."""
+    """Number of parts in which the largest embedding table is read, to save memory; null is 1."""
     inference_embedding_serialization_factor: Optional[int] = None
-    """As embedding_serialization_factor, for evaluation and prediction; the same where null."""
+    """embedding_serialization_factor for evaluation and prediction; null uses the same."""
     enable_half_partials: bool = True
-    """Keep the partial sums of matrix products as float16."""
+    """Store partial sums of matrix multiplications as float16."""
     enable_half_first_order_momentum: bool = False
-    """Keep the optimizer's first moments as float16."""
+    """Store the first moments of the optimizer as float16."""
     output_mode: str = "sum"
-    """Which losses of a call come back: sum (of all its micro-batches: the loss that is logged is
-    their mean), all (the same, one by one), final (only the last micro-batch's) or default
-    (PopTorch's own: final)."""
+    """Losses returned by a call: sum (over all micro-batches; their mean is logged), all (one per
+    micro-batch), final (of the last micro-batch) or default (the default of PopTorch: final)."""
     auto_loss_scaling: bool = False
     """Let PopTorch choose the loss scaling (experimental)."""
     seed: Optional[int] = None
-    """Of the IPUs' random numbers; the run's own where null."""
+    """Seed of the random numbers of the IPUs; null uses the seed of the run."""
     executable_cache_dir: str = ""
-    """Folder in which compiled programs are kept for the next run; none where empty."""
+    """Folder in which compiled programs are cached between runs; empty disables the cache."""
     profile_dir: str = ""
-    """Folder for PopVision's profile of the run; none where empty."""
+    """Folder for a PopVision profile of the run; empty disables profiling."""
     decompose_grad_sum: bool = False
-    """Add partial gradients up as a tree of additions."""
+    """Sum partial gradients as a tree of additions."""
     explicit_ir_inference: bool = False
-    """Compile inference by PopART's explicit intermediate representation."""
+    """Compile inference with the explicit intermediate representation of PopART."""
     projection_serialization_factor: Optional[int] = None
-    """Not used: parts of a language model's output layer."""
+    """Not used: serialization of the output layer of a language model."""
     inference_projection_serialization_factor: Optional[int] = None
     """Not used: the same for inference."""
     serialized_projection_splits_per_ipu: Optional[List[int]] = None
-    """Not used: places of the parts of a language model's output layer."""
+    """Not used: placement of the serialized output layer of a language model."""
     inference_serialized_projection_splits_per_ipu: Optional[List[int]] = None
     """Not used: the same for inference."""
     serialized_embedding_splits_per_ipu: Optional[List[int]] = None
-    """Not supported: places of the parts of the embedding table."""
+    """Not supported: placement of the serialized embedding table."""
     inference_serialized_embedding_splits_per_ipu: Optional[List[int]] = None
     """Not supported: the same for inference."""
     parallelize_kwargs: Dict[str, Any] = field(default_factory=dict)
-    """Not used: arguments of optimum-graphcore's `parallelize`."""
+    """Not used: arguments of `parallelize` in optimum-graphcore."""
     inference_parallelize_kwargs: Dict[str, Any] = field(default_factory=dict)
     """Not used: the same for inference."""
     use_popdist: bool = False
-    """Not used: whether PopDist started the process is found out."""
+    """Not used: PopDist is detected automatically."""
     execute_encoder_on_cpu_for_generation: bool = False
-    """Not supported, by optimum-graphcore neither."""
+    """Not supported (nor is it by optimum-graphcore)."""
 
     @classmethod
     def from_dict(
@@ -125,29 +126,29 @@ class IPUConfig:
         pod_type: Optional[str] = None,
         overrides: Optional[Mapping[str, Any]] = None,
     ) -> IPUConfig:
-        """Create a config from the content of an `ipu_config.json` of either generation.
+        """Create a configuration from the content of an `ipu_config.json` of either generation.
 
         Args:
-            values: Graphcore's fields, or those of `PipelineConfig`. A value may be a dictionary by
-                pod type, e.g. {pod4: 1, pod16: 4, default: 1}.
-            pod_type: Which of such values to take.
-            overrides: Values that take the place of those; None leaves one as it is.
+            values: Fields of Graphcore or of `PipelineConfig`. A value may be a dictionary by pod
+                type, e.g. {pod4: 1, pod16: 4, default: 1}.
+            pod_type: Selects from such dictionaries.
+            overrides: Values that override `values`; None does not override.
 
         Raises:
-            UserError: If a name is unknown, or a value breaks a rule.
+            UserError: If a field is unknown or a value is invalid.
         """
         given = select(values, [f.name for f in fields(cls)], pod_type)
         new = {SPELLINGS.get(k, k): v for k, v in (overrides or {}).items() if v is not None}
         if "layers_per_ipu" in new:
-            given.pop("ipus_per_replica", None)  # it belonged to the other layers
+            given.pop("ipus_per_replica", None)  # it belongs to the overridden layers
         config = cls(**{**given, **new})
         enforce(config.value_rules())
         return config
 
     def to_dict(self) -> Dict[str, Any]:
-        """Return the fields that the newest generation knows, and of the rest those that are set.
+        """Return the fields of the newest generation, and older fields only if they are set.
 
-        optimum-graphcore 0.7 refuses the older fields, and this way reads what it can.
+        optimum-graphcore 0.7 rejects older fields; without them it can read the file.
         """
         defaults = vars(IPUConfig())
         return {
@@ -157,14 +158,14 @@ class IPUConfig:
         }
 
     def plan_fields(self) -> Dict[str, Any]:
-        """Return the fields that every pipeline has, by their names in `PipelineConfig`."""
+        """Return the fields that all pipelines have, by their names in `PipelineConfig`."""
         values = {name: vars(self)[SPELLINGS.get(name, name)] for name in PLAN_FIELDS}
         layers = self.training.shape.layers_per_stage
         return {**values, "layers_per_stage": list(layers)}
 
     @property
     def training(self) -> ProgramConfig:
-        """The program that trains."""
+        """The training program."""
         layers = _layers(self.layers_per_ipu, self.ipus_per_replica)
         batches = BatchAlgebra(
             self.gradient_accumulation_steps, self.replication_factor, self.device_iterations
@@ -179,7 +180,7 @@ class IPUConfig:
 
     @property
     def inference(self) -> ProgramConfig:
-        """The program that evaluates and predicts."""
+        """The inference program, for evaluation and prediction."""
         own = self.inference_layers_per_ipu is not None
         ipus = self.inference_ipus_per_replica or (None if own else self.ipus_per_replica)
         layers = _layers(self.inference_layers_per_ipu or self.layers_per_ipu, ipus)
@@ -201,10 +202,10 @@ class IPUConfig:
         )
 
     def value_rules(self) -> Iterator[Violation]:
-        """Rules that the values alone decide."""
-        broken = list(self._field_rules())
-        yield from broken
-        if not broken:  # programs are made of valid fields only
+        """Rules for single values and for the values of a program."""
+        violations = list(self._field_rules())
+        yield from violations
+        if not violations:  # programs are made of valid fields only
             for program in (self.training, self.inference):
                 yield from proportion_rules(program)
 
@@ -215,9 +216,9 @@ class IPUConfig:
         for name in OPTIONAL_COUNTS:
             if values[name] is not None:
                 yield from count_rule(name, values[name])
-        for name, way_out in NOT_SUPPORTED.items():
+        for name, fix in NOT_SUPPORTED.items():
             if values[name]:
-                yield Violation(name, values[name], "is not supported", way_out)
+                yield Violation(name, values[name], "is not supported", fix)
         yield from choice_rule("output_mode", self.output_mode, OUTPUT_MODES)
         yield from _layers_rule("layers_per_ipu", self.layers_per_ipu, self.ipus_per_replica)
         if self.inference_layers_per_ipu is not None:
@@ -232,12 +233,12 @@ def _layers_rule(field: str, layers: List[int], ipus: Optional[int]) -> Iterator
             field,
             layers,
             f"has {len(layers)} entries for {ipus} IPUs per replica",
-            "Give one for each, or leave ipus_per_replica out.",
+            "Use one entry per IPU, or remove ipus_per_replica.",
         )
 
 
 def _layers(layers: List[int], ipus: Optional[int]) -> Tuple[int, ...]:
-    """Return an entry for every IPU: [-1] stands for equal shares, and one IPU holds everything."""
+    """Return an entry for every IPU: [-1] divides the layers equally; one IPU holds all layers."""
     if ipus == 1:
         return (-1,)
     return tuple(layers) * (ipus or 1) if list(layers) == [-1] else tuple(layers)

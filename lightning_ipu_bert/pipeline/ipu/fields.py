@@ -1,4 +1,4 @@
-"""The fields of an `ipu_config.json`: their spellings, their values by pod type, what is unused."""
+"""The fields of an `ipu_config.json`: spellings, values by pod type, unused fields."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from lightning_ipu_bert.pipeline.rules import nearest
 
 POD_TYPES = ("pod4", "pod8", "pod16", "pod32", "pod64")
 SPELLINGS = {"layers_per_stage": "layers_per_ipu"}
-"""The name in `PipelineConfig`, and Graphcore's."""
+"""Name in `PipelineConfig`: name in `ipu_config.json`."""
 
 FILE_FORMAT_KEYS = ("optimum_version", "transformers_version")
-"""What a file says about the program that wrote it."""
+"""Entries about the program that wrote a file."""
 
 OLD_FIELDS = (
     "decompose_grad_sum",
@@ -22,23 +22,23 @@ OLD_FIELDS = (
     "sharded_execution_for_inference",
     "use_popdist",
 )
-"""Fields of the first generation that the second no longer has."""
+"""Fields of the first generation that the second has removed."""
 
 NOT_SUPPORTED = {
     "serialized_embedding_splits_per_ipu": "Use embedding_serialization_factor.",
     "inference_serialized_embedding_splits_per_ipu": "Use embedding_serialization_factor.",
-    "execute_encoder_on_cpu_for_generation": "Leave it out.",
+    "execute_encoder_on_cpu_for_generation": "Remove it.",
 }
-"""Fields that are refused, each with the way out."""
+"""Fields that raise an error, each with the fix."""
 
 WITHOUT_EFFECT = {
-    "parallelize_kwargs": "the model is not taken apart, and no `parallelize` is called",
-    "inference_parallelize_kwargs": "the model is not taken apart, and no `parallelize` is called",
-    "projection_serialization_factor": "the model has no output layer over a vocabulary",
-    "inference_projection_serialization_factor": "the model has no such output layer",
-    "serialized_projection_splits_per_ipu": "the model has no output layer over a vocabulary",
-    "inference_serialized_projection_splits_per_ipu": "the model has no such output layer",
-    "use_popdist": "PopDist is used where poprun started the process",
+    "parallelize_kwargs": "the model is not rebuilt by `parallelize`",
+    "inference_parallelize_kwargs": "the model is not rebuilt by `parallelize`",
+    "projection_serialization_factor": "the model has no output layer over the vocabulary",
+    "inference_projection_serialization_factor": "the model has no output layer over the vocabulary",
+    "serialized_projection_splits_per_ipu": "the model has no output layer over the vocabulary",
+    "inference_serialized_projection_splits_per_ipu": "the model has no output layer over the vocabulary",
+    "use_popdist": "PopDist is used if poprun started the process",
 }
 """Fields without effect, each with the reason."""
 
@@ -65,25 +65,25 @@ PLAN_FIELDS = (
     "replicated_tensor_sharding",
     "optimizer_state_offchip",
 )
-"""Fields that every pipeline has, by their names in `PipelineConfig`."""
+"""Fields that all pipelines have, by their names in `PipelineConfig`."""
 
 READ_BY_RANKS = {
     **{SPELLINGS.get(name, name): name for name in PLAN_FIELDS},
     "ipus_per_replica": "layers_per_stage",
 }
-"""Graphcore's fields that pipelines of ranks read too, with the fields that they decide."""
+"""Fields of `ipu_config.json` that `PipelineParallelStrategy` reads: the fields they set."""
 
 
 def select(
     values: Mapping[str, Any], known: Iterable[str], pod_type: Optional[str] = None
 ) -> Dict[str, Any]:
-    """Return values by Graphcore's names, for one pod type.
+    """Return the values for one pod type, by the field names of `ipu_config.json`.
 
     Args:
         values: Content of a file, or fields of `PipelineConfig`. A value may be a dictionary by pod
             type, e.g. {pod4: 1, pod16: 4, default: 1}.
         known: Names of all fields.
-        pod_type: Which of such values to take.
+        pod_type: Selects from such dictionaries.
 
     Raises:
         UserError: If a name is unknown, or there is no value for the pod type.
@@ -103,7 +103,7 @@ def select(
 
 
 def _of_pod(name: str, value: Any, pod_type: Optional[str]) -> Any:
-    """Return the value of a pod type from a dictionary of them."""
+    """Return the value for a pod type if `value` is a dictionary by pod type."""
     if not isinstance(value, Mapping) or not value or set(value) - {*POD_TYPES, "default"}:
         return value
     if pod_type is not None and pod_type not in POD_TYPES:
@@ -111,6 +111,6 @@ def _of_pod(name: str, value: Any, pod_type: Optional[str]) -> Any:
     if pod_type not in value and "default" not in value:
         raise UserError(
             f"{name}={dict(value)} has no value for {pod_type or 'default'}. "
-            f"Give pod_type, one of {', '.join(value)}."
+            f"Set pod_type to one of {', '.join(value)}."
         )
     return value[pod_type] if pod_type in value else value["default"]

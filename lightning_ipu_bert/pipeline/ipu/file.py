@@ -1,4 +1,4 @@
-"""`ipu_config.json`: read from a file, a folder or the hub, and written beside checkpoints."""
+"""`ipu_config.json`: read from a file, a folder or the hub, and written next to checkpoints."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Source = Union[str, Path, Mapping[str, Any], IPUConfig, None]
 
 
 def read_values(source: Source) -> Mapping[str, Any]:
-    """Return the fields that a source names, and no others.
+    """Return the fields that are set in a source.
 
     Args:
-        source: A file, a folder, a name of the hub, or fields; e.g. "Graphcore/bert-large-ipu", or
-            "runs/squad" after a run.
+        source: A file, a folder, a hub name or a mapping of fields; e.g. "Graphcore/bert-large-ipu",
+            or "runs/squad" after a run.
 
     Raises:
-        UserError: If there is no such file.
+        UserError: If the file does not exist or cannot be read.
     """
     if isinstance(source, IPUConfig):
         return source.to_dict()
@@ -36,7 +36,7 @@ def read_values(source: Source) -> Mapping[str, Any]:
 
 
 def save_ipu_config(config: IPUConfig, folder: Path) -> Path:
-    """Write a config into a folder, as `ipu_config.json`."""
+    """Write a configuration to `ipu_config.json` in a folder."""
     path = folder / FILE_NAME
     with written_atomically(path) as partial:
         partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -54,9 +54,9 @@ def _read(source: str) -> Dict[str, Any]:
     except (OSError, ValueError, HFValidationError) as error:
         raise UserError(
             f"No IPU config could be read from '{source}': {str(error).splitlines()[0]} "
-            f"Give a {FILE_NAME}, a folder that holds one, or a name of the hub, e.g. "
+            f"Pass a {FILE_NAME}, a folder that contains one, or a hub name, e.g. "
             "Graphcore/bert-large-ipu."
         ) from error
     if not isinstance(values, dict):
-        raise UserError(f"'{path}' does not hold fields of an IPU config. Give a {FILE_NAME}.")
+        raise UserError(f"'{path}' does not contain the fields of an IPU config. Pass a {FILE_NAME}.")
     return values

@@ -1,1 +1,1 @@
-"""Stages and replicas on CPUs and GPUs, over `torch.distributed.pipelining`."""
+"""Pipeline parallelism on CPUs and GPUs, based on `torch.distributed.pipelining`."""

@@ -1,4 +1,4 @@
-"""What is checked before any process is started."""
+"""Checks of a run before any process is started."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from lightning_ipu_bert.strategies.distributed.loaders import loader_rules
 
 
 def torch_rule() -> Iterator[Violation]:
-    """This torch can run a pipeline."""
+    """The version of torch must support pipelining."""
     if not has_pipelining():
         yield Violation(
             f"torch {torch.__version__}",
             None,
-            "is too old for a pipeline, which needs torch.distributed.pipelining",
-            "Install a newer one (2.13, say), or train in one process: "
+            "is too old for pipelining: it lacks torch.distributed.pipelining",
+            "Install a newer version, e.g. 2.13, or train in one process: "
             "--trainer.strategy auto --trainer.devices 1.",
         )
 
 
 def resolve_run(trainer: Trainer, args: Any, config: PipelineConfig) -> Optional[Plan]:
-    """Check a run, and resolve the plan that it follows.
+    """Check a run and resolve its plan.
 
     Args:
-        trainer: Is about to run.
-        args: Arguments of its entry point: the module if one is given, and loaders.
-        config: What the user wrote.
+        trainer: The Trainer of the run.
+        args: Arguments of its entry point, which may include the module and loaders.
+        config: The configuration.
 
     Returns:
-        None if there is no module; Lightning then says so itself.
+        The plan, or None if there is no module, for which Lightning raises an error itself.
 
     Raises:
-        UserError: If the module cannot be cut as configured, or the Trainer asks for what a
-            pipeline does in another way or not at all.
+        UserError: If the module cannot be pipelined as configured, or the Trainer uses a feature
+            that pipelines do not support.
     """
     module: Any = next((arg for arg in args if isinstance(arg, LightningModule)), None)
     module = module or trainer.strategy.lightning_module
@@ -73,6 +73,6 @@ def resolve_run(trainer: Trainer, args: Any, config: PipelineConfig) -> Optional
 
 
 def is_training(module: Optional[LightningModule]) -> bool:
-    """Return whether a module's Trainer is in its training stage, not in a validation between."""
+    """Return whether the Trainer of a module is training, and not in a validation of `fit`."""
     trainer = trainer_of(module)
     return trainer is not None and bool(trainer.training)

@@ -1,8 +1,8 @@
-"""Gradients of large tables of embeddings, added where they belong.
+"""In-place accumulation of the gradients of large embedding tables.
 
-The gradient of a lookup has the size of its table, and all but a few of its rows are zero. Autograd
-would fill such a one and add it for every micro-batch: with MiniLM's 47 MB of words, and one
-sequence in a micro-batch, a tenth of the first stage's time on a CPU.
+The gradient of a lookup has the size of the table, and all but a few of its rows are zero. Autograd
+allocates and adds such a gradient for every micro-batch: for the 47 MB table of MiniLM and one
+sequence per micro-batch, a tenth of the time of the first stage on a CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_ipu_bert._compat.torch import has_gradient_hooks
 
 LARGE = 1 << 20
-"""Numbers in a table from which on this is worth while."""
+"""Minimum number of elements of a table for which this is used."""
 
 
 class _AddRows(torch.autograd.Function):
@@ -25,7 +25,7 @@ class _AddRows(torch.autograd.Function):
     @override
     def forward(ctx: Any, anchor: Tensor, rows: Tensor, table: nn.Embedding, ids: Tensor) -> Tensor:
         ctx.table, ctx.ids = table, ids
-        ctx.mark_dirty(rows)  # it is given back as it is, and may be changed in place
+        ctx.mark_dirty(rows)  # returned unchanged, and may be modified in place
         return rows
 
     @staticmethod
@@ -42,28 +42,28 @@ class _AddRows(torch.autograd.Function):
 
 
 @contextmanager
-def rows_added_in_place(stages: Sequence[nn.Module]) -> Iterator[None]:
-    """Let lookups in large tables add the rows of their gradients to the tables' own.
+def accumulated_in_place(stages: Sequence[nn.Module]) -> Iterator[None]:
+    """Accumulate the gradients of lookups in large tables in place, within the context.
 
     Args:
-        stages: The first one, if it is here. In others a schedule may run backward towards the
-            weights that it knows of, and pass by what is added in place.
+        stages: The first stage, if it is on this rank. In other stages, schedules may compute
+            gradients of only the inputs or weights and would skip the in-place accumulation.
     """
     with ExitStack() as stack:
         for stage in stages:
             for module in stage.modules():
                 if _is_large_table(module):
-                    # First of all hooks: what a user's own changes comes after it.
+                    # Before the hooks of the user, which may modify the output.
                     hook = module.register_forward_hook(_replace, prepend=True)
                     stack.callback(hook.remove)
         yield
 
 
 def _is_large_table(module: nn.Module) -> bool:
-    if type(module) is not nn.Embedding:  # subclasses may look up in a way of their own
+    if type(module) is not nn.Embedding:  # subclasses may override the lookup
         return False
     weight = module.weight
-    if weight.numel() < LARGE or weight.device.type != "cpu":  # CUDA adds rows in any order
+    if weight.numel() < LARGE or weight.device.type != "cpu":  # on CUDA the order of additions is not deterministic
         return False
     hooked = has_gradient_hooks(weight)
     special = module.sparse or module.scale_grad_by_freq or hooked or not weight.is_leaf

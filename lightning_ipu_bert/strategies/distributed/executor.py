@@ -1,10 +1,10 @@
-"""Runs batches on the stages of a pipeline, over torch.distributed.pipelining."""
+"""Executor of the stages of a pipeline, based on torch.distributed.pipelining."""
 
 from __future__ import annotations
 
 import random
-from contextlib import contextmanager
-from typing import Any, Callable, Dict, Hashable, Iterator, List, Tuple
+from contextlib import ExitStack, contextmanager
+from typing import Any, Callable, Dict, Hashable, Iterator, List, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,10 @@ from lightning_ipu_bert.strategies.batch_trees import (
     tensors_of,
 )
 from lightning_ipu_bert.strategies.bridge import bridged, take_gradients
-from lightning_ipu_bert.strategies.distributed.embeddings import rows_added_in_place
+from lightning_ipu_bert.strategies.distributed.embeddings import accumulated_in_place
 from lightning_ipu_bert.strategies.distributed.mesh import Mesh
 from lightning_ipu_bert.strategies.distributed.stage import (
+    ScheduleCall,
     Stage,
     TensorShape,
     hidden_shapes,
@@ -33,11 +34,11 @@ from lightning_ipu_bert.strategies.distributed.stage import (
 )
 
 Boundaries = List[List[TensorShape]]
-"""What comes into every stage."""
+"""Shapes of the input of every stage."""
 
 
 class TorchPipelineExecutor:
-    """Runs a model's batches on stages; see `pipeline.protocol.PipelineExecutor`."""
+    """Runs the stages of a model; see `pipeline.protocol.PipelineExecutor`."""
 
     def __init__(
         self,
@@ -53,14 +54,14 @@ class TorchPipelineExecutor:
         """Create an executor.
 
         Args:
-            model: The whole model, of which this rank holds only its stages' parameters.
-            stages: This rank's stages.
-            plan: What the run follows.
-            mesh: Where this rank is.
-            device: Of this rank.
-            seed: Of the random numbers drawn in stages (dropout).
-            batches_done: Returns the batches trained on before this one, in a resumed run, too.
-            loss_scale: Gives the factor of the loss while its gradients are computed.
+            model: The complete model; parameters of stages on other ranks are meta tensors.
+            stages: The stages on this rank.
+            plan: The plan of the run.
+            mesh: Mesh coordinates of this rank.
+            device: Device of this rank.
+            seed: Seed of random numbers drawn in stages (dropout).
+            batches_done: Returns the number of batches trained so far, including resumed runs.
+            loss_scale: Returns the loss scale.
         """
         self.model = model
         self.stages = stages
@@ -71,17 +72,17 @@ class TorchPipelineExecutor:
         self.loss_scale = loss_scale
         self.batches_done = batches_done
         self._calls = (0, 0)
-        """The batch at hand, and how often its loss was computed."""
+        """Index of the current batch, and how often its loss was computed."""
         self._boundaries: Dict[Hashable, Boundaries] = {}
         self._schedule: Tuple[Hashable, Any] = (None, None)
 
     @property
     def parameters(self) -> List[torch.nn.Parameter]:
-        """The parameters of this rank's stages."""
+        """The parameters of the stages on this rank."""
         return [parameter for stage in self.stages for parameter in stage.parameters()]
 
     def loss(self, batch: Any) -> Tensor:
-        """Return the mean loss; with gradients on, the stages run forward and backward now."""
+        """Return the mean loss; if gradients are enabled, run forward and backward of all stages."""
         if not torch.is_grad_enabled():
             loss: Tensor = self.model.pipeline_loss(self.output(batch), batch)
             return loss
@@ -93,58 +94,62 @@ class TorchPipelineExecutor:
         return bridged(self._from_last_stage(total), gradients, scale)
 
     def output(self, batch: Any) -> Any:
-        """Return the last block's output for the whole batch, on every rank of the replica."""
+        """Return the output of the last block for the batch, on every rank of the replica."""
+        micro_batches = self._split(batch)
+        call = ScheduleCall(micro_batches)
         with torch.no_grad():
-            schedule, number = self._prepare(batch, training=False)
-            index = torch.arange(number)
-            schedule.eval(target=index, return_outputs=False, index=index)
-            parts = [part for stage in self.stages for part in stage.outputs]
-        for stage in self.stages:
-            stage.outputs, stage.micro_batches = [], []
-        return self._broadcast_output(join_outputs(parts) if parts else None)
+            schedule = self._schedule_for(micro_batches, training=False)
+            with self._stages_in(call):
+                schedule.eval(**chunked(len(micro_batches)))
+        return self._broadcast_output(join_outputs(call.outputs) if call.outputs else None)
 
     def _train(self, batch: Any, scale: float) -> Any:
-        """Run the schedule; return the mean loss where the last stage is."""
-        schedule, number = self._prepare(batch, training=True)
+        """Run the schedule; return the mean loss on the rank of the last stage, else None."""
+        micro_batches = self._split(batch)
+        schedule = self._schedule_for(micro_batches, training=True)
+        call = ScheduleCall(micro_batches, scale * loss_weight(len(micro_batches)))
         losses: List[Tensor] = []
-        for stage in self.stages:
-            stage.loss_weight = scale * loss_weight(number)
-        index = torch.arange(number)
-        with rows_added_in_place([stage for stage in self.stages if stage.index == 0]):
-            schedule.step(target=index, losses=losses, return_outputs=False, index=index)
-        for stage in self.stages:
-            stage.micro_batches = []
+        first = [stage for stage in self.stages if stage.index == 0]
+        with self._stages_in(call), accumulated_in_place(first):
+            schedule.step(losses=losses, **chunked(len(micro_batches)))
         return torch.stack([loss.detach() for loss in losses]).sum() / scale if losses else None
 
-    def _prepare(self, batch: Any, training: bool) -> Tuple[Any, int]:
-        """Cut a batch into micro-batches, and return a schedule for them and their number."""
+    @contextmanager
+    def _stages_in(self, call: ScheduleCall) -> Iterator[None]:
+        with ExitStack() as stack:
+            for stage in self.stages:
+                stack.enter_context(stage.in_call(call))
+            yield
+
+    def _split(self, batch: Any) -> List[Any]:
+        """Split a batch into micro-batches of equal size."""
         examples = count_examples(batch)
         planned = -(-examples // self.plan.main.batches.gradient_accumulation_steps)
-        number, size = equal_micro_batches(examples, planned)
-        micro_batches = split_batch(batch, examples, size)
-        for stage in self.stages:
-            stage.micro_batches = micro_batches
-        # Stages exchange tensors of one shape: another shape needs another schedule.
-        key = (training, number, shape_key(micro_batches[0]))
-        if self._schedule[0] != key:
-            boundaries = self._find_boundaries((training, shape_key(micro_batches[0])))
-            self._schedule = (key, self._build(number, boundaries))
-        return self._schedule[1], number
+        _, size = equal_micro_batches(examples, planned)
+        return split_batch(batch, examples, size)
 
-    def _find_boundaries(self, key: Hashable) -> Boundaries:
-        """Return what comes into each stage; every stage runs once on zeros for a new shape."""
-        if key in self._boundaries:
-            return self._boundaries[key]
-        mine = {stage.index: stage for stage in self.stages}
+    def _schedule_for(self, micro_batches: Sequence[Any], training: bool) -> Any:
+        """Return the schedule for micro-batches; each shape of tensors needs another one."""
+        shape = (training, shape_key(micro_batches[0]))
+        key = (len(micro_batches), shape)
+        if self._schedule[0] != key:
+            if shape not in self._boundaries:
+                self._boundaries[shape] = self._find_boundaries(micro_batches[0])
+            self._schedule = (key, self._build(len(micro_batches), self._boundaries[shape]))
+        return self._schedule[1]
+
+    def _find_boundaries(self, micro_batch: Any) -> Boundaries:
+        """Return the input shapes of all stages, each of which runs once on zeros."""
+        own = {stage.index: stage for stage in self.stages}
         boundaries: Boundaries = [[]]
         for index in range(self.plan.main.num_stages - 1):
             object_list: List[Any] = [None]
-            if index in mine:
-                object_list = [hidden_shapes(mine[index], boundaries[-1], self.device)]
+            if index in own:
+                shapes = hidden_shapes(own[index], boundaries[-1], micro_batch, self.device)
+                object_list = [shapes]
             source = self.mesh.global_rank(self.plan.main.rank_of(index))
             dist.broadcast_object_list(object_list, source, self.mesh.pipeline_group)
             boundaries.append(object_list[0])
-        self._boundaries[key] = boundaries
         return boundaries
 
     def _build(self, number: int, boundaries: Boundaries) -> Any:
@@ -173,15 +178,15 @@ class TorchPipelineExecutor:
         return self.mesh.global_rank(self.plan.main.ranks_per_replica - 1)
 
     def _from_last_stage(self, value: Any) -> Tensor:
-        """Return the last stage's number on every rank of the replica."""
+        """Return a scalar of the last stage on every rank of the replica."""
         if value is None:
             value = torch.zeros((), device=self.device)
-        value = value.float()  # of one type on all ranks, whatever the default type is
+        value = value.float()  # the same dtype on all ranks, independent of the default dtype
         dist.broadcast(value, self._last_rank, self.mesh.pipeline_group)
         return torch.as_tensor(value)
 
     def _broadcast_output(self, output: Any) -> Any:
-        """Return the last stage's output on every rank of the replica."""
+        """Return the output of the last stage on every rank of the replica."""
         object_list = [None if output is None else shapes_of(output)]
         dist.broadcast_object_list(object_list, self._last_rank, self.mesh.pipeline_group)
         if output is None:
@@ -192,10 +197,10 @@ class TorchPipelineExecutor:
 
     @contextmanager
     def _random_stream(self) -> Iterator[None]:
-        """Draw random numbers of this rank's own, and leave the generators as they were.
+        """Seed the generators per rank and step within the context, and restore them.
 
         Ranks of a replica must draw the same numbers elsewhere (the order of their data), but not
-        the same dropout masks. The stream is made of seed, rank and step: a resumed run repeats it.
+        the same dropout masks. A resumed run repeats the numbers.
         """
         device, rank = self.device, dist.get_rank()
         own = random.Random(f"{self.seed} {rank} {sum(self._calls)}").getrandbits(63)
@@ -205,24 +210,35 @@ class TorchPipelineExecutor:
 
 
 def loss_weight(num_micro_batches: int) -> float:
-    """Return the share of a micro-batch in the loss of its batch, over which gradients accumulate.
+    """Return the weight of the loss of a micro-batch in the loss of its batch.
 
-    Micro-batches are of equal size, so that the mean over them is the mean over the examples;
+    Micro-batches have equal size, so that the mean over them is the mean over the examples;
     replicas are averaged in `gradients.average_gradients`.
     """
     return 1 / num_micro_batches
 
 
-def build_schedule(plan: Plan, stages: List[Any], number: int) -> Any:
-    """Return torch's schedule for `number` micro-batches.
+def chunked(num_micro_batches: int) -> Dict[str, Any]:
+    """Return the arguments of a call of a schedule.
 
-    Ragged last batches and evaluation may have too few for the one of the plan; another one, which
-    takes any number, runs them.
+    A schedule splits its tensor arguments into one chunk per micro-batch. The chunks of `index` are
+    thus the indices of the micro-batches, from which a stage knows which one it runs. Without a
+    `target` no loss would be computed; its value is not used.
+    """
+    index = torch.arange(num_micro_batches)
+    return {"index": index, "target": index, "return_outputs": False}
+
+
+def build_schedule(plan: Plan, stages: List[Any], number: int) -> Any:
+    """Create the schedule for `number` micro-batches.
+
+    Ragged last batches and evaluation may have fewer micro-batches than the schedule of the plan
+    needs; they use a schedule that supports any number.
     """
     from torch.distributed.pipelining import schedules
 
     def given(loss: Tensor, _: Tensor) -> Tensor:
-        return loss  # the last stage computes it
+        return loss  # computed by the last stage
 
     pipeline = plan.main
     name = torch_class_of(plan.schedule, pipeline.num_stages, pipeline.ranks_per_replica, number)

@@ -1,4 +1,4 @@
-"""Gradients are averaged over the replicas (all-reduce)."""
+"""Gradient all-reduce (mean) over replicas."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 BUCKET_BYTES = 64 << 20
-"""Bytes of gradients that are sent together; above some MB, larger ones gain nothing."""
+"""Size of a bucket of gradients in bytes."""
 
 
 def averaged_after(
     closure: Callable[[], Any], optimizer: Optimizer, group: Any
 ) -> Callable[[], Any]:
-    """Return a closure that averages the gradients of an optimizer's parameters after another one.
+    """Return a closure that also averages the gradients of an optimizer over replicas.
 
     Args:
         closure: Computes the gradients of this replica.
-        optimizer: Has the parameters.
-        group: The ranks that hold the same stages in all replicas.
+        optimizer: Holds the parameters.
+        group: The ranks that hold the same stages, one per replica.
     """
 
     def averaged() -> Any:
@@ -47,7 +47,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], group: Any) -> None:
 
 
 def _buckets(gradients: List[Tensor]) -> Iterator[List[Tensor]]:
-    """Divide gradients into buckets of one dtype and about `BUCKET_BYTES`."""
+    """Yield buckets of gradients of one dtype and about `BUCKET_BYTES`."""
     for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
         bucket: List[Tensor] = []
         size = 0

@@ -1,4 +1,4 @@
-"""Loaders on ranks: batches that divide into micro-batches, and evaluation without repeats."""
+"""Loaders on ranks: divisible batches, and evaluation without repeated examples."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lightning_ipu_bert.strategies.batch_trees import leaves_of
 
 
 def loader_rules(loaders: Any, batches: BatchAlgebra) -> Iterator[Violation]:
-    """Batches of loaders are divisible into the micro-batches of a replica.
+    """Batches of loaders must be divisible into the micro-batches of a replica.
 
     Args:
-        loaders: One, or a collection of some; what is no DataLoader counts as right.
-        batches: What an update consists of.
+        loaders: A loader or a collection; other objects than DataLoaders are not checked.
+        batches: The batch algebra.
     """
     for loader in leaves_of(loaders):
         if isinstance(loader, DataLoader) and loader.batch_size is not None:
@@ -26,15 +26,15 @@ def loader_rules(loaders: Any, batches: BatchAlgebra) -> Iterator[Violation]:
 
 
 def loader_of_replica(loader: object, batches: BatchAlgebra, training: bool) -> object:
-    """Return a loader that shares its examples among replicas; in evaluation each exactly once.
+    """Return a loader sharded over replicas, without repeated examples in evaluation.
 
-    Lightning's sampler for evaluation repeats some, so that all replicas have equally many; their
-    scores would count twice. Replicas of a pipeline need not have equally many batches.
+    Lightning's sampler for evaluation repeats examples so that all replicas have the same number,
+    and their scores would count twice. Replicas of a pipeline may have different numbers of batches.
 
     Args:
-        loader: As the Trainer has made it.
-        batches: What an update consists of.
-        training: Whether it is for training.
+        loader: The loader as created by the Trainer.
+        batches: The batch algebra.
+        training: Whether it is a training loader.
 
     Raises:
         UserError: If training batches are not divisible into micro-batches.

@@ -1,4 +1,4 @@
-"""The device mesh: which ranks form a replica, which hold the same stages, and who communicates."""
+"""The device mesh with the dimensions `replica` and `pipeline`, and its collectives."""
 
 from __future__ import annotations
 
@@ -12,29 +12,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mesh:
-    """The mesh as seen from one rank: rank = replica x ranks per replica + pipeline rank.
+    """Mesh coordinates and groups of one rank: rank = replica x ranks per replica + pipeline rank.
 
-    | dimension | size | splits | who communicates over it, and when |
+    | dimension | size | splits | what is communicated, and when |
     |---|---|---|---|
-    | `replica` | replication_factor | the examples of a global batch | ranks that hold the same
-      stages: weights in `setup`, gradients once an update, shards of the optimizer state (RTS) once
-      an update, metrics (`reduce`, `all_gather`) |
+    | `replica` | replication_factor | the examples of a global batch | ranks with the same
+      stages: weights in `setup`, gradients and updated shards (RTS) once per update, metrics (`reduce`, `all_gather`) |
     | `pipeline` | stages / stages_per_rank | the blocks of the model | ranks of one replica: hidden
-      states and their gradients once a micro-batch, loss and output once a batch, the norm for
-      clipping once an update, the state dict once a checkpoint |
+      states and their gradients per micro-batch, loss and output per batch, the gradient norm for
+      clipping per update, the state dict per checkpoint |
 
-    All ranks together: barriers, decisions (early stopping, signals), and the optimizer state of a
-    checkpoint.
+    All ranks: barriers, decisions (early stopping, signals) and the optimizer state of a checkpoint.
     """
 
     replica: int
-    """Mesh coordinate: which copy of the pipeline this rank belongs to."""
+    """Mesh coordinate in the dimension `replica`."""
     pipeline_rank: int
-    """Mesh coordinate: 0 holds the first stage."""
+    """Mesh coordinate in the dimension `pipeline`; 0 holds the first stage."""
     replica_group: Any
-    """Ranks that hold the same stages in all replicas, by replica."""
+    """Ranks that hold the same stages, one per replica."""
     pipeline_group: Any
-    """Ranks of this replica, by pipeline rank."""
+    """Ranks of this replica, one per pipeline rank."""
 
     def global_rank(self, pipeline_rank: int) -> int:
         """Return the global rank of a pipeline rank of this replica."""
@@ -63,13 +61,13 @@ def create_mesh(device_type: str, replicas: int, ranks_per_replica: int) -> Mesh
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
+    """Synchronize all ranks."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def broadcast(value: Any, source: int = 0) -> Any:
-    """Return the object of the rank `source`."""
+    """Return the object of rank `source`."""
     if not dist.is_initialized():
         return value
     object_list = [value]
@@ -78,15 +76,15 @@ def broadcast(value: Any, source: int = 0) -> Any:
 
 
 def reduce(tensor: Any, group: Optional[Any], reduce_op: Any = "mean") -> Any:
-    """Return the values of a group's ranks, combined.
+    """Reduce a tensor over the ranks of a group.
 
-    A mean of counts is not truncated to an integer, as by Lightning's function: replicas may have
-    evaluated different numbers of examples.
+    Unlike in Lightning's function, a mean of integers is not truncated: replicas may have evaluated
+    different numbers of examples.
 
     Args:
-        tensor: What is no tensor is returned as it is.
-        group: The ranks; None before there are any.
-        reduce_op: A name, as "mean", or a `ReduceOp`.
+        tensor: Returned unchanged if it is not a tensor.
+        group: The group; None before it is created.
+        reduce_op: A name, e.g. "mean", or a `ReduceOp`.
     """
     if not isinstance(tensor, Tensor) or group is None:
         return tensor
@@ -98,12 +96,12 @@ def reduce(tensor: Any, group: Optional[Any], reduce_op: Any = "mean") -> Any:
 
 
 def all_agree(decision: bool, device: torch.device, everyone: bool) -> bool:
-    """Return whether all ranks have decided so, or any has.
+    """Return whether all ranks, or any rank, decided True.
 
     Args:
-        decision: This rank's.
-        device: Of the collective.
-        everyone: All must; else one is enough.
+        decision: Decision of this rank.
+        device: Device of the collective.
+        everyone: Whether all ranks must agree; otherwise one is sufficient.
     """
     votes = torch.tensor(int(decision), device=device)
     if not dist.is_initialized():

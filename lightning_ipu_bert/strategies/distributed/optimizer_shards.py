@@ -1,8 +1,8 @@
-"""RTS: the optimizer state sharded over the replicas, inside every tensor.
+"""RTS: the optimizer state is sharded over replicas, within every tensor.
 
-Each replica updates a flat slice of every parameter and keeps the state of that slice alone;
-afterwards the replicas exchange the slices. Whole parameters would leave the embedding, a quarter
-of BERT-Base, to one replica.
+Each replica updates a flat slice of every parameter and stores the state of only that slice; then
+the replicas all-gather the slices. Sharding by parameter would place the embedding, a quarter of
+BERT-Base, on one replica.
 
 Source: Rajbhandari et al., ZeRO (arXiv:1910.02054), stage 1; Graphcore calls it RTS.
 """
@@ -27,7 +27,7 @@ ELEMENTWISE = {
 
 
 class OptimizerShards:
-    """The slices of one optimizer's parameters that this replica updates."""
+    """The slices of the parameters of an optimizer that this replica updates."""
 
     def __init__(
         self, optimizer: Optimizer, replica: int, replicas: int, group: Any, offchip: bool
@@ -35,48 +35,48 @@ class OptimizerShards:
         """Create the slices.
 
         Args:
-            optimizer: Holds whole parameters, and still does outside of `installed`.
-            replica: Which replica this is.
+            optimizer: Holds the full parameters, except within `installed`.
+            replica: Index of this replica.
             replicas: Number of replicas.
-            group: The ranks that hold the same stages in all replicas.
-            offchip: Keep slices and state in the host's memory.
+            group: The ranks that hold the same stages, one per replica.
+            offchip: Store slices and state in host memory.
 
         Raises:
-            UserError: If the optimizer is not known to work on slices.
+            UserError: If the optimizer is not known to be elementwise.
         """
         if type(optimizer).__name__ not in ELEMENTWISE:
             raise UserError(
-                f"The optimizer {type(optimizer).__name__} may look at whole tensors, but "
-                "replicated_tensor_sharding and optimizer_state_offchip give it slices. Turn them "
+                f"The optimizer {type(optimizer).__name__} is not known to be elementwise, but "
+                "replicated_tensor_sharding and optimizer_state_offchip update slices. Turn them "
                 f"off, or use one of {', '.join(sorted(ELEMENTWISE))}."
             )
         self.optimizer = optimizer
         self.replica, self.replicas, self.group = replica, replicas, group
         self.offchip = offchip
-        self.whole = [list(g["params"]) for g in optimizer.param_groups]
-        self.slices = [[self._slice(p) for p in parameters] for parameters in self.whole]
+        self.full = [list(g["params"]) for g in optimizer.param_groups]
+        self.slices = [[self._slice(p) for p in parameters] for parameters in self.full]
         self._detach: Callable[[], None] = lambda: None
 
     @property
     def pairs(self) -> List[Tuple[nn.Parameter, nn.Parameter]]:
-        """Every parameter of this rank's stages and its slice."""
-        whole = [p for parameters in self.whole for p in parameters]
+        """The parameters of the stages on this rank with their slices."""
+        full = [p for parameters in self.full for p in parameters]
         slices = [p for parameters in self.slices for p in parameters]
-        return [(p, s) for p, s in zip(whole, slices) if p.device.type != "meta"]
+        return [(p, s) for p, s in zip(full, slices) if p.device.type != "meta"]
 
     def bounds(self, parameter: Tensor, replica: int) -> slice:
-        """Return which part of a flat parameter a replica updates; perhaps an empty one."""
+        """Return the slice of a flattened parameter that a replica updates; may be empty."""
         length = -(-parameter.numel() // self.replicas)
         return slice(
             min(replica * length, parameter.numel()), min((replica + 1) * length, parameter.numel())
         )
 
     def attach(self) -> None:
-        """Let every update of the optimizer be one of this replica's slices, and exchange them."""
+        """Register hooks so that updates modify the slices of this replica and all-gather them."""
         self._detach = around_update(self.optimizer, self.install, self._after_update)
 
     def detach(self) -> None:
-        """Leave the optimizer as it was, also where an update has failed."""
+        """Restore the optimizer, even if an update has failed."""
         self._detach()
         self.remove()
 
@@ -86,7 +86,7 @@ class OptimizerShards:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Let the optimizer see the slices, while its state is read or loaded."""
+        """Replace the parameters by slices within the context, to save or load the state."""
         self.install()
         try:
             yield
@@ -94,7 +94,7 @@ class OptimizerShards:
             self.remove()
 
     def install(self) -> None:
-        """Put the slices, with their gradients, into the optimizer."""
+        """Replace the parameters of the optimizer by slices with their gradients."""
         for parameter, part in self.pairs:
             part.grad = None
             if parameter.grad is not None:
@@ -104,27 +104,27 @@ class OptimizerShards:
             group["params"] = list(slices)
 
     def remove(self) -> None:
-        """Put the whole parameters back."""
-        for group, whole in zip(self.optimizer.param_groups, self.whole):
-            group["params"] = list(whole)
+        """Restore the full parameters of the optimizer."""
+        for group, parameters in zip(self.optimizer.param_groups, self.full):
+            group["params"] = list(parameters)
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Bring the updated slices of all replicas into the whole parameters."""
+        """All-gather the updated slices of all replicas into the full parameters."""
         for dtype in sorted({p.dtype for p, _ in self.pairs}, key=str):
             self._exchange([(p, part) for p, part in self.pairs if p.dtype == dtype])
 
     def _exchange(self, pairs: List[Tuple[nn.Parameter, nn.Parameter]]) -> None:
         lengths = [-(-p.numel() // self.replicas) for p, _ in pairs]
         first = pairs[0][0]
-        mine = torch.zeros(sum(lengths), dtype=first.dtype, device=first.device)
-        for (_, part), place in zip(pairs, torch.split(mine, lengths)):
-            place[: part.numel()].copy_(part)
-        everyones = [mine]
+        own = torch.zeros(sum(lengths), dtype=first.dtype, device=first.device)
+        for (_, part), buffer in zip(pairs, torch.split(own, lengths)):
+            buffer[: part.numel()].copy_(part)
+        gathered = [own]
         if self.replicas > 1:
-            everyones = [torch.empty_like(mine) for _ in range(self.replicas)]
-            dist.all_gather(everyones, mine, group=self.group)
-        columns = zip(*(torch.split(each, lengths) for each in everyones))
+            gathered = [torch.empty_like(own) for _ in range(self.replicas)]
+            dist.all_gather(gathered, own, group=self.group)
+        columns = zip(*(torch.split(each, lengths) for each in gathered))
         for (parameter, _), parts in zip(pairs, columns):
             parameter.copy_(torch.cat(parts)[: parameter.numel()].view_as(parameter))
 

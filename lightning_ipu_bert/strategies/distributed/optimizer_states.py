@@ -1,4 +1,4 @@
-"""Optimizer states in checkpoints: one whole state, as a single process would have it."""
+"""Optimizer states in checkpoints: the full state, as in a single process."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lightning_ipu_bert.pipeline.plan import Plan
 from lightning_ipu_bert.strategies.distributed.optimizer_shards import OptimizerShards
 
 Entries = Dict[int, Dict[str, Any]]
-"""What an optimizer keeps of each parameter, by the parameter's number."""
+"""State of each parameter, by the index of the parameter."""
 
 
 def gather_optimizer_state(
     optimizer: Optimizer, shards: Optional[OptimizerShards], plan: Plan
 ) -> Dict[str, Any]:
-    """Return the whole state on rank 0; else nothing. All ranks must call it.
+    """Return the full state on rank 0 and {} on other ranks. All ranks must call it.
 
-    Parameters of other stages are meta tensors, so that every rank numbers all parameters alike.
+    Parameters of other stages are meta tensors, so that indices of parameters agree on all ranks.
     """
     shapes = [parameter.shape for parameter in _parameters(optimizer)]
     state = _state_dict(optimizer, shards)
@@ -33,21 +33,21 @@ def gather_optimizer_state(
     dist.gather_object(own, parts if rank == 0 else None)
     if rank:
         return {}
-    whole: Entries = {}
+    full: Entries = {}
     for pipeline_rank in range(ranks):
-        of_replicas = (
+        replica_entries = (
             parts[pipeline_rank::ranks]
             if plan.shards_optimizer
             else parts[pipeline_rank : pipeline_rank + 1]
         )
-        whole.update(_joined(of_replicas, shapes))
-    return {**state, "state": {index: whole[index] for index in sorted(whole)}}
+        full.update(_joined(replica_entries, shapes))
+    return {**state, "state": {index: full[index] for index in sorted(full)}}
 
 
 def load_optimizer_state(
     optimizer: Optimizer, shards: Optional[OptimizerShards], state: Mapping[str, Any]
 ) -> None:
-    """Take this rank's part of a whole state."""
+    """Load the entries of this rank from a full state."""
     parameters = _parameters(optimizer)
     entries = {i: v for i, v in state["state"].items() if not parameters[i].is_meta}
     if shards is None:
@@ -58,9 +58,9 @@ def load_optimizer_state(
             key: value.reshape(-1)[shards.bounds(parameters[index], shards.replica)]
             if isinstance(value, Tensor) and value.dim()
             else value
-            for key, value in of_one.items()
+            for key, value in entry.items()
         }
-        for index, of_one in entries.items()
+        for index, entry in entries.items()
     }
     with shards.installed():
         optimizer.load_state_dict({**state, "state": parts})
@@ -79,21 +79,21 @@ def _state_dict(optimizer: Optimizer, shards: Optional[OptimizerShards]) -> Dict
 
 def _on_cpu(entries: Entries) -> Entries:
     return {
-        index: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in of_one.items()}
-        for index, of_one in entries.items()
+        index: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in entry.items()}
+        for index, entry in entries.items()
     }
 
 
-def _joined(of_replicas: List[Entries], shapes: List[torch.Size]) -> Entries:
-    """Put the replicas' slices together; what is no tensor with dimensions is alike on all."""
+def _joined(replica_entries: List[Entries], shapes: List[torch.Size]) -> Entries:
+    """Concatenate the slices of all replicas; scalars are equal on all of them."""
     return {
         index: {
-            key: torch.cat([part[index][key].reshape(-1) for part in of_replicas]).view(
+            key: torch.cat([part[index][key].reshape(-1) for part in replica_entries]).view(
                 shapes[index]
             )
             if isinstance(value, Tensor) and value.dim()
             else value
-            for key, value in of_one.items()
+            for key, value in entry.items()
         }
-        for index, of_one in of_replicas[0].items()
+        for index, entry in replica_entries[0].items()
     }

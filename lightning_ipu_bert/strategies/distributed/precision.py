@@ -1,4 +1,4 @@
-"""Precision on a pipeline: gradients are on many ranks, but have one norm and one overflow."""
+"""Precision plugins that clip by the norm over all stages and share overflows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SUPPORTED = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
 
 
 class GlobalNorm(Precision):
-    """Clips by the norm over all stages, not only over those of this rank."""
+    """Clips gradients by their norm over all stages instead of those of this rank."""
 
     group: Any = None
-    """The ranks whose gradients together make the norm: those of this replica, once they exist."""
+    """The ranks of this replica, over which the norm is computed; None before they are created."""
 
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: Union[int, float]) -> None:
-        """Scale the gradients down if their norm over all stages is above `clip_val`."""
+        """Clip the gradients to a norm of `clip_val` over all stages."""
         gradients = [p.grad for p in self.main_params(optimizer) if p.grad is not None]
         norm = global_norm(gradients, self.group)
         factor = torch.clamp(clip_val / (norm + 1e-6), max=1.0)  # as in torch's clip_grad_norm_
@@ -33,7 +33,7 @@ class GlobalNorm(Precision):
 
 
 def global_norm(gradients: List[Tensor], group: Any) -> Tensor:
-    """Return the 2-norm of gradients that are on all ranks of a group, as float32."""
+    """Return the 2-norm of the gradients on all ranks of a group, as float32."""
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
     device = gradients[0].device if gradients else torch.device("cpu")
     total = torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
@@ -51,10 +51,10 @@ class PipelineHalfPrecision(GlobalNorm, HalfPrecision):
 
 
 class PipelineMixedPrecision(GlobalNorm, MixedPrecision):
-    """bf16-mixed and 16-mixed. An overflow on any rank makes all skip the update."""
+    """bf16-mixed and 16-mixed. All ranks skip the update after an overflow on any rank."""
 
     def share_overflow(self, group: Any) -> None:
-        """Let the ranks of `group` agree on an overflow."""
+        """Share overflows among the ranks of `group`."""
         if self.scaler is not None:
             from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
@@ -64,10 +64,10 @@ class PipelineMixedPrecision(GlobalNorm, MixedPrecision):
 
 
 def for_pipeline(plugin: Precision) -> GlobalNorm:
-    """Return the counterpart of one of Lightning's plugins that knows about stages.
+    """Return the counterpart of a precision plugin of Lightning for pipelines.
 
     Raises:
-        UserError: If a pipeline does not support the precision.
+        UserError: If the precision is not supported.
     """
     if isinstance(plugin, GlobalNorm):
         return plugin
@@ -86,13 +86,13 @@ def for_pipeline(plugin: Precision) -> GlobalNorm:
 
 
 def connect(plugin: GlobalNorm, pipeline_group: Any, everyone: Any) -> None:
-    """Tell a plugin over which ranks there is one norm, and over which one overflow."""
+    """Set the ranks over which a plugin computes the norm, and over which it shares overflows."""
     plugin.group = pipeline_group
     if isinstance(plugin, PipelineMixedPrecision):
         plugin.share_overflow(everyone)
 
 
 def loss_scale(plugin: Precision, device: torch.device) -> float:
-    """Return the factor of the loss while its gradients are computed."""
+    """Return the loss scale of a precision plugin."""
     scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
     return 1.0 if scaler is None else float(scaler.scale(torch.ones((), device=device)))

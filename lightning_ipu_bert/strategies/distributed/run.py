@@ -1,4 +1,4 @@
-"""One run on this rank: the part of the plan that is placed here, and state that ends with it."""
+"""The state of one run on this rank, and the stages that are placed here."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from lightning_ipu_bert.strategies.distributed.throughput import count_replicas
 
 
 class Run:
-    """A fit, validate, test or predict: made in the strategy's `setup`, dropped in `teardown`."""
+    """A fit, validate, test or predict: created in `setup` of the strategy, dropped in `teardown`."""
 
     def __init__(self, trainer: Trainer, module: Any, ranks: Ranks, device: torch.device) -> None:
-        """Take the plan of the run; nothing is changed yet.
+        """Create the run; model and Trainer are not modified yet.
 
         Args:
-            trainer: Runs it.
-            module: The whole model.
-            ranks: Have resolved the plan, and form the mesh.
-            device: Of this rank.
+            trainer: The Trainer.
+            module: The complete model.
+            ranks: The ranks of the job, with plan and mesh.
+            device: Device of this rank.
         """
         assert ranks.mesh is not None
         self.trainer = trainer
@@ -48,17 +48,17 @@ class Run:
         self.mesh = ranks.mesh
         self.device = device
         self.stages = self.plan.main.stages_on(self.mesh.pipeline_rank)
-        """Indices of this rank's stages."""
+        """Indices of the stages on this rank."""
         self.shards: Dict[int, OptimizerShards] = {}
         """By id of the optimizer."""
         self.signals = signals_of_ranks(ranks.environment, device, ranks.end_at_once)
         self.failed = False
-        """Whether other ranks may be gone or elsewhere: nothing collective is possible any more."""
+        """Whether other ranks may be gone or at another point: collectives are no longer possible."""
 
     def place(self, precision: Precision) -> None:
-        """Keep this rank's part of the model, move it to the device, and build what runs it."""
+        """Keep the parameters of this rank, move them to the device, and create the executor."""
         assert isinstance(precision, GlobalNorm)
-        weights.keep_only(self.module, self.plan, set(self.stages))
+        weights.drop_other_stages(self.module, self.plan, set(self.stages))
         precision.convert_module(self.module)
         weights.move_to(self.module, self.device)
         weights.broadcast_parameters(self.module, self.mesh.replica_group)
@@ -77,7 +77,7 @@ class Run:
         self.trainer.callbacks.append(self.signals)  # type: ignore[attr-defined]
 
     def shard_optimizers(self, optimizers: List[Optimizer]) -> None:
-        """Let this replica update its slices only, and keep their state where the plan says."""
+        """Shard the optimizers over replicas and move their state off the device, as planned."""
         sharded, offchip = self.plan.shards_optimizer, self.plan.optimizer_state_offchip
         replicas = self.plan.main.batches.replication_factor if sharded else 1
         for optimizer in optimizers if sharded or offchip else []:
@@ -92,13 +92,13 @@ class Run:
             self.shards[id(optimizer)] = shards
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return the whole model's state on the first rank, under its plain names."""
+        """Return the full state dict on the first rank, with the names of the plain model."""
         if self.mesh.replica:
             return {}
         return self._gather(everywhere=False)
 
     def optimizer_state(self, optimizer: Optimizer) -> Dict[str, Any]:
-        """Return the whole optimizer state on the first rank, as one process would have it."""
+        """Return the full optimizer state on the first rank, as in a single process."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         return gather_optimizer_state(optimizer, self.shards.get(id(optimizer)), self.plan)
@@ -106,17 +106,17 @@ class Run:
     def load_optimizer_states(
         self, optimizers: List[Optimizer], checkpoint: Mapping[str, Any]
     ) -> None:
-        """Take this rank's part of the optimizer states of a checkpoint."""
+        """Load the entries of this rank from the optimizer states of a checkpoint."""
         for optimizer, state in zip(optimizers, checkpoint["optimizer_states"]):
             load_optimizer_state(optimizer, self.shards.get(id(optimizer)), state)
 
     def finish(self) -> None:
-        """Give the whole trained weights back to the module, on every rank."""
+        """Load the full trained weights into the module, on every rank."""
         self.close()
-        weights.make_whole(self.module, self._gather(everywhere=True))
+        weights.load_full_state(self.module, self._gather(everywhere=True))
 
     def close(self) -> None:
-        """Let go of module, Trainer and optimizers; needs no other rank."""
+        """Detach from module, Trainer and optimizers, without communication."""
         self.module.pipeline_executor = None
         self.signals.release()
         if self.signals in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -131,7 +131,7 @@ class Run:
 
 
 def report_failure(rank: int, run: Optional[Run], exception: BaseException) -> None:
-    """Say in one line which rank has failed where, unless the user is told otherwise."""
+    """Print in one line which rank failed in which step, unless the error is printed elsewhere."""
     if isinstance(exception, (UserError, SystemExit, KeyboardInterrupt)):
         return
     step = 0 if run is None else run.trainer.global_step

@@ -1,4 +1,4 @@
-"""`PipelineParallelStrategy`: stages and replicas for any LightningModule that has blocks."""
+"""`PipelineParallelStrategy`: pipeline parallelism for any LightningModule with named blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing_extensions import final, override
 
 from lightning_ipu_bert.pipeline.config import PipelineConfig
 from lightning_ipu_bert.pipeline.facts import StrategyFacts
-from lightning_ipu_bert.strategies.arguments import names_nearest, pipeline_config, plan_fields
+from lightning_ipu_bert.strategies.arguments import suggest_names, pipeline_config, plan_fields
 from lightning_ipu_bert.strategies.distributed import mesh
 from lightning_ipu_bert.strategies.distributed.checks import is_training
 from lightning_ipu_bert.strategies.distributed.gradients import averaged_after
@@ -31,13 +31,13 @@ from lightning_ipu_bert.training.termination import InterruptedBetweenSteps
 
 @final
 class PipelineParallelStrategy(ParallelStrategy):
-    """Runs a LightningModule as a pipeline of stages, in several replicas, on CPUs or GPUs.
+    """Runs a LightningModule as a pipeline of stages, with replicas, on CPUs or GPUs.
 
-    The module derives from `PipelineModule`. A loader yields the examples of one replica and one
-    weight update: micro-batch x gradient_accumulation_steps.
+    The module must derive from `PipelineModule`. A batch of a loader is the batch of one replica per
+    weight update: micro-batch x gradient_accumulation_steps examples.
     """
 
-    @names_nearest
+    @suggest_names
     def __init__(
         self,
         *,
@@ -64,30 +64,32 @@ class PipelineParallelStrategy(ParallelStrategy):
         """Create the strategy.
 
         Args:
-            layers_per_stage: Numbered layers on each stage, e.g. [3, 7, 7, 7]; -1 takes an equal
-                share of the rest. Where neither this nor ipu_config says: equal on all devices.
-            replication_factor: Copies of the pipeline, each with its own part of the data.
-            gradient_accumulation_steps: Micro-batches of a replica between two weight updates.
-            stages_per_rank: Stages that one process holds, every n-th one (looped).
-            schedule: Order of forwards and backwards: gpipe, 1f1b, interleaved_1f1b or zero_bubble.
-            recompute_checkpoint_every_layer: Keep only the inputs of layers, recompute the rest.
+            layers_per_stage: Number of layers on each stage, e.g. [3, 7, 7, 7]; stages with -1 share
+                the remaining layers equally. Default: equal stages on all devices.
+            replication_factor: Number of copies of the pipeline; each processes its own shard of the
+                data.
+            gradient_accumulation_steps: Micro-batches of a replica per weight update.
+            stages_per_rank: Stages per process (looped: every n-th stage).
+            schedule: Pipeline schedule: gpipe, 1f1b, interleaved_1f1b or zero_bubble.
+            recompute_checkpoint_every_layer: Store only the inputs of layers and recompute their
+                activations in the backward pass.
             replicated_tensor_sharding: Shard the optimizer state over the replicas (ZeRO stage 1).
-            optimizer_state_offchip: Keep the optimizer state in the host's memory.
-            ipu_config: As for `IPUStrategy`: the fields above count where they are not given, what
-                only IPUs have is ignored, so that a config moves by its class_path.
-            pod_type: Which values to take where ipu_config has them by type of pod, e.g. pod16.
-            loss_scaling: Ignored: only for `IPUStrategy`.
+            optimizer_state_offchip: Store the optimizer state in host memory.
+            ipu_config: As in `IPUStrategy`: sets the arguments above that are not given. IPU-specific
+                fields are ignored, so that a config can switch strategies by class_path.
+            pod_type: Selects from values by pod type in ipu_config, e.g. pod16.
+            loss_scaling: Ignored; used by `IPUStrategy` only.
             process_group_backend: Backend of torch.distributed; gloo on CPUs, NCCL on GPUs.
-            timeout_seconds: How long a rank waits for another before it gives up.
-            start_method: How ranks of this machine are started; fork in notebooks.
-            accelerator: Set by the Trainer, as the next four.
-            parallel_devices: Devices of this machine.
-            cluster_environment: How processes find each other.
-            checkpoint_io: How checkpoints are written.
-            precision_plugin: How numbers are represented.
+            timeout_seconds: Timeout of communication between ranks.
+            start_method: How ranks on this machine are started; use fork in notebooks.
+            accelerator: Set by the Trainer, like the next four.
+            parallel_devices: Devices on this machine.
+            cluster_environment: Ranks and addresses of the processes.
+            checkpoint_io: Plugin that reads and writes checkpoints.
+            precision_plugin: Precision plugin.
 
         Raises:
-            UserError: If a value breaks a rule.
+            UserError: If a value is invalid.
         """
         super().__init__(
             accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin
@@ -101,29 +103,29 @@ class PipelineParallelStrategy(ParallelStrategy):
 
     @property
     def config(self) -> PipelineConfig:
-        """What the user wrote, with equal stages on all devices where that says nothing."""
+        """The configuration; `layers_per_stage` is set once the devices are known."""
         return self._ranks.config
 
     @property
     def run(self) -> Run:
-        """The run that is set up."""
+        """The current run."""
         assert self._run is not None
         return self._run
 
     @property
     def facts(self) -> StrategyFacts:
-        """What model and data need to know."""
+        """The facts that models and data depend on."""
         steps = self.config.batches.gradient_accumulation_steps
         return StrategyFacts(micro_batches_per_batch=steps, holds_interrupts=True)
 
     @property
     def is_distributed(self) -> bool:
-        """Lightning gives loaders a distributed sampler only to strategies that say so."""
+        """Return True: otherwise Lightning does not add a distributed sampler to loaders."""
         return True
 
     @property
     def num_processes(self) -> int:
-        """Ranks on this machine, as Lightning's launchers ask for them."""
+        """Number of ranks on this machine, required by Lightning's launchers."""
         return len(self.parallel_devices or [])
 
     @property
@@ -134,7 +136,7 @@ class PipelineParallelStrategy(ParallelStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> Dict[str, Any]:
-        # Data is shared by replicas; the ranks of a replica read the same.
+        # Data is sharded over replicas; the ranks of a replica read the same shard.
         replica = self.global_rank // self.config.shape.ranks_per_replica
         return {"num_replicas": self.config.replication_factor, "rank": replica}
 
@@ -144,14 +146,14 @@ class PipelineParallelStrategy(ParallelStrategy):
         return self._ranks.launcher(self, self.num_nodes, self._fail)
 
     def set_world_ranks(self) -> None:
-        """Number the ranks; the Trainer has chosen devices and plugins by now."""
+        """Set the ranks, after the Trainer has set devices and plugins."""
         self._ranks.number(self, self.num_nodes)
         self.precision_plugin = for_pipeline(self.precision_plugin)
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        self.set_world_ranks()  # once more: forked ranks know their numbers only now
+        self.set_world_ranks()  # again: forked ranks know their local rank only now
         self._ranks.join(self.cluster_environment, self.root_device)
 
     @override
@@ -185,14 +187,14 @@ class PipelineParallelStrategy(ParallelStrategy):
         self._run = Run(trainer, self.lightning_module, self._ranks, self.root_device)
         self.run.place(self.precision_plugin)
         if trainer.state.fn == TrainerFn.FITTING:
-            self.optimizers, self.lr_scheduler_configs = [], []  # of an earlier run
+            self.optimizers, self.lr_scheduler_configs = [], []  # those of a previous run
             self.setup_optimizers(trainer)
             self.run.shard_optimizers(self.optimizers)
         self.setup_precision_plugin()
 
     @override
     def model_to_device(self) -> None:
-        """Do nothing: a run places its part of the model."""
+        """Do nothing: `Run.place` moves the parameters of this rank."""
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -207,7 +209,7 @@ class PipelineParallelStrategy(ParallelStrategy):
         model: Optional[Union[LightningModule, Module]] = None,
         **kwargs: Any,
     ) -> Any:
-        # Inside the closure: hooks, clipping and the optimizer see the mean over replicas only.
+        # Inside the closure, so that hooks, clipping and optimizer use the mean over replicas.
         averaged = averaged_after(closure, optimizer, self._replica_group)
         return super().optimizer_step(optimizer, averaged, model, **kwargs)
 
@@ -235,13 +237,13 @@ class PipelineParallelStrategy(ParallelStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         if self._run is not None and isinstance(exception, InterruptedBetweenSteps):
-            self.teardown()  # after Ctrl-C Lightning 2.3 does not
+            self.teardown()  # Lightning 2.3 does not after Ctrl-C
 
     @override
     def teardown(self) -> None:
         run, self._run = self._run, None
         if run is not None and run.failed:
-            run.close()  # other ranks may be gone, and with them the whole weights
+            run.close()  # other ranks may be gone, and with them the full weights
             return
         if run is not None:
             run.finish()

@@ -1,4 +1,4 @@
-"""Lightning's `ThroughputMonitor` on a pipeline: a replica counts once, not each of its stages."""
+"""`ThroughputMonitor` on a pipeline: a replica counts once, not each of its stages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning_ipu_bert.pipeline.plan import Plan
 
 
 def count_replicas(trainer: Trainer, plan: Plan) -> None:
-    """Let monitors take a replica for their device.
+    """Configure monitors to count replicas instead of ranks.
 
-    They multiply what a rank has seen by the number of ranks, but the ranks of a replica see the
-    same examples. A replica has the FLOP/s of all its ranks, by which they measure the utilization.
+    They multiply the samples of a rank by the number of ranks, but the ranks of a replica process
+    the same samples. The available FLOP/s of a replica are those of all its ranks.
     """
     callbacks: List[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     ranks = plan.main.ranks_per_replica

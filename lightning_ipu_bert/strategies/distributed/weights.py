@@ -1,8 +1,8 @@
-"""Whole models and their parts: what is placed on another rank is a meta tensor here.
+"""Full models and stages: parameters placed on other ranks are meta tensors.
 
-Meta tensors keep name, shape and order, so that optimizers, state dicts and checkpoints are
-numbered and named as those of the whole model. This is where a checkpoint becomes
-layout-independent; `optimizer_states` does the same for the optimizer.
+Meta tensors keep names, shapes and order, so that optimizers, state dicts and checkpoints use the
+names and indices of the full model. This module makes checkpoints layout-independent;
+`optimizer_states` does the same for the optimizer.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from lightning_ipu_bert.pipeline.plan import Plan
 State = Dict[str, Any]
 
 
-def keep_only(module: nn.Module, plan: Plan, mine: Set[int]) -> None:
-    """Free the parameters that none of this rank's stages holds."""
+def drop_other_stages(module: nn.Module, plan: Plan, own_stages: Set[int]) -> None:
+    """Free the parameters of stages on other ranks."""
     for name, parameter in list(module.named_parameters()):
-        if not mine.intersection(plan.stages_of(name)):
+        if not own_stages.intersection(plan.stages_of(name)):
             _replace(module, name, parameter.to("meta"))
 
 
-def own_state(module: nn.Module, plan: Plan, mine: Set[int]) -> State:
-    """Return the state that this rank's stages hold, on the CPU."""
+def own_state(module: nn.Module, plan: Plan, own_stages: Set[int]) -> State:
+    """Return the state of the stages on this rank, on the CPU."""
     return {
         name: value.cpu() if isinstance(value, Tensor) else value
         for name, value in module.state_dict().items()
-        if mine.intersection(plan.stages_of(name))
+        if own_stages.intersection(plan.stages_of(name))
     }
 
 
 def in_order(parts: Sequence[State], module: nn.Module) -> State:
-    """Return the states of all stages in the order of the whole module.
+    """Return the states of all stages in the order of the full module.
 
-    What belongs to no block (buffers of metrics, say) is on every rank, and is the module's own.
+    Entries in no block (e.g. buffers of metrics) are on every rank and taken from the module.
     """
     found = {name: value for part in parts for name, value in part.items()}
     return {name: found.get(name, value) for name, value in module.state_dict().items()}
 
 
-def make_whole(module: nn.Module, state: State) -> None:
-    """Fill every meta parameter, and load the rest, from a whole state."""
+def load_full_state(module: nn.Module, state: State) -> None:
+    """Materialize all meta parameters and load the full state."""
     for name, parameter in list(module.named_parameters()):
         if parameter.is_meta:
             _replace(module, name, state[name].to(parameter.dtype))
@@ -55,10 +55,10 @@ def make_whole(module: nn.Module, state: State) -> None:
 
 
 def gather_state(
-    module: nn.Module, plan: Plan, mine: Set[int], group: Any, everywhere: bool
+    module: nn.Module, plan: Plan, own_stages: Set[int], group: Any, everywhere: bool
 ) -> State:
-    """Return the whole state on the group's first rank, or on all; else nothing."""
-    own = own_state(module, plan, mine)
+    """Return the full state on the first rank of the group, or on all ranks; {} elsewhere."""
+    own = own_state(module, plan, own_stages)
     parts: List[Any] = [None] * dist.get_world_size(group)
     if everywhere:
         dist.all_gather_object(parts, own, group=group)
@@ -71,7 +71,7 @@ def gather_state(
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put another tensor where a parameter is; under all its names, if it is tied."""
+    """Replace a parameter, under all its names if it is tied."""
     old = module.get_parameter(name)
     new = nn.Parameter(value, requires_grad=old.requires_grad)
     for other, parameter in list(module.named_parameters(remove_duplicate=False)):
@@ -81,7 +81,7 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def broadcast_parameters(module: nn.Module, group: Any) -> None:
-    """Give all replicas the weights of the first."""
+    """Broadcast the weights of the first replica."""
     source = dist.get_global_rank(group, 0)
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
@@ -90,6 +90,6 @@ def broadcast_parameters(module: nn.Module, group: Any) -> None:
 
 
 def move_to(module: LightningModule, device: torch.device) -> None:
-    """Move what is placed on this rank; meta tensors stay."""
+    """Move the tensors of this rank to a device; meta tensors remain."""
     apply_to_tensors(module, lambda tensor: tensor if tensor.is_meta else tensor.to(device))
     set_device(module, device)

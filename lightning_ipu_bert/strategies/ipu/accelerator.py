@@ -12,48 +12,48 @@ from typing_extensions import override
 from lightning_ipu_bert.errors import UserError
 
 ONLY_OURS = (
-    "accelerator='ipu' works with IPUStrategy, and strategy={strategy} was chosen. Give "
+    "accelerator='ipu' requires IPUStrategy, but strategy={strategy} is set. Use "
     "--trainer.strategy ipu_pipeline, or class_path: lightning_ipu_bert.IPUStrategy."
 )
 
 
 class IPUAccelerator(Accelerator):
-    """Graphcore's IPUs. One process owns all that its replicas need."""
+    """Graphcore IPUs. One process owns the IPUs of all its replicas."""
 
     @override
     def setup_device(self, device: torch.device) -> None:
-        """Refuse other strategies, which would quietly run on the CPU.
+        """Reject other strategies, which would silently run on the CPU.
 
         Raises:
-            UserError: Always: `IPUStrategy` does not call it.
+            UserError: Always; `IPUStrategy` does not call this method.
         """
-        raise UserError(ONLY_OURS.format(strategy="another one"))
+        raise UserError(ONLY_OURS.format(strategy="a different one"))
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        """Refuse other strategies.
+        """Reject other strategies.
 
         Raises:
-            UserError: Always: `IPUStrategy` does not call it.
+            UserError: Always; `IPUStrategy` does not call this method.
         """
         raise UserError(ONLY_OURS.format(strategy=type(trainer.strategy).__name__))
 
     @override
     def get_device_stats(self, device: Union[torch.device, str, int]) -> Dict[str, Any]:
-        """Return nothing: PopTorch measures no use of memory or time while it runs."""
+        """Return {}: PopTorch has no runtime statistics of devices."""
         return {}
 
     @override
     def teardown(self) -> None:
-        """Do nothing: the strategy gives its IPUs back."""
+        """Do nothing: the strategy releases its IPUs."""
 
     @staticmethod
     @override
     def parse_devices(devices: Union[int, str, List[int]]) -> int:
-        """Return the number of IPUs; 0 stands for as many as the plan needs.
+        """Return the number of IPUs, or 0 for as many as the plan needs.
 
         Raises:
-            UserError: If it is no number.
+            UserError: If `devices` is not a number.
         """
         count = len(devices) if isinstance(devices, (list, tuple)) else devices
         try:
@@ -62,17 +62,17 @@ class IPUAccelerator(Accelerator):
             number = -1
         if number < 0:
             raise UserError(
-                f"devices={devices!r} is no number of IPUs. Leave it out for as many as the "
-                "stages and replicas need, or give their product."
+                f"devices={devices!r} must be a number of IPUs. Remove it to use as many as needed, or "
+                "set it to stages x replicas."
             )
         return number
 
     @staticmethod
     @override
     def get_parallel_devices(devices: int) -> List[torch.device]:
-        """Return the last of the IPUs, from which `IPUStrategy` knows the others.
+        """Return the last IPU, from which `IPUStrategy` derives the others.
 
-        One device only: of a strategy that is refused later, Lightning must not start processes.
+        A single device, so that Lightning does not start processes before an error is raised.
         """
         return [torch.device("ipu", devices - 1) if devices else torch.device("ipu")]
 
@@ -85,9 +85,9 @@ class IPUAccelerator(Accelerator):
     @staticmethod
     @override
     def is_available() -> bool:
-        """Return True: what is missing, `IPUStrategy` says itself, and what to do about it.
+        """Return True: `IPUStrategy` raises its own error if PopTorch or IPUs are missing.
 
-        Graphs can be compiled without IPUs, too (compile_only).
+        Programs can also be compiled without IPUs (compile_only).
         """
         return True
 
@@ -99,13 +99,13 @@ class IPUAccelerator(Accelerator):
 
 
 def expand(devices: Optional[List[torch.device]], needed: int) -> Optional[List[torch.device]]:
-    """Return all IPUs for the one that `get_parallel_devices` has named.
+    """Return all IPUs, given the last one from `get_parallel_devices`.
 
     Args:
-        devices: What the Trainer has chosen: the last IPU, all of them, or devices of another kind.
-        needed: How many the plan needs, where the Trainer was not told a number.
+        devices: Devices set by the Trainer: the last IPU, all IPUs, or devices of another type.
+        needed: Number of IPUs of the plan, used if the Trainer was given no number.
     """
     if not devices:
         return None
-    named = devices[-1].index if devices[0].type == "ipu" else None
-    return [torch.device("ipu", i) for i in range(needed if named is None else named + 1)]
+    last = devices[-1].index if devices[0].type == "ipu" else None
+    return [torch.device("ipu", i) for i in range(needed if last is None else last + 1)]

@@ -1,4 +1,4 @@
-"""What a run on IPUs saves and resumes from: as any strategy, and a key of its own."""
+"""Checkpoints of runs on IPUs: those of any strategy, with an additional entry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_ipu_bert.pipeline.ipu.file import save_ipu_config
 
 
 def plain_state(module: LightningModule) -> Dict[str, Any]:
-    """Return the state of a module as plain tensors, also while PopTorch has wrapped them."""
+    """Return the state dict of a module as plain tensors, even while PopTorch wraps them."""
     with without_torch_function():
         return {
             name: value.detach().as_subclass(Tensor) if isinstance(value, Tensor) else value
@@ -26,7 +26,7 @@ def plain_state(module: LightningModule) -> Dict[str, Any]:
 def add_ipu_entry(
     checkpoint: Dict[str, Any], config: IPUConfig, rng_state: Optional[List[int]]
 ) -> None:
-    """Put what only IPUs know into a checkpoint."""
+    """Add the IPU config, number of IPUs and random state to a checkpoint."""
     checkpoint[IPU_KEY] = {
         "config": config.to_dict(),
         "num_ipus": config.training.shape.num_devices,
@@ -35,6 +35,6 @@ def add_ipu_entry(
 
 
 def save_config_beside(config: IPUConfig, filepath: Any) -> None:
-    """Write `ipu_config.json` into the folder of a checkpoint, if that is a local one."""
+    """Write `ipu_config.json` to the folder of a checkpoint, if it is local."""
     if "://" not in str(filepath):
         save_ipu_config(config, Path(filepath).parent)

@@ -1,4 +1,4 @@
-"""What is checked before anything is compiled."""
+"""Checks of a run before programs are compiled."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
 
 def resolve_run(trainer: Trainer, module: Any, config: IPUConfig, auto_round: bool) -> Plan:
-    """Check a run, and resolve the plan that it follows.
+    """Check a run and resolve its plan.
 
     Args:
-        trainer: Is about to run.
+        trainer: The Trainer of the run.
         module: The module.
-        config: What the user wrote.
-        auto_round: Whether more IPUs may be taken than are used.
+        config: The configuration.
+        auto_round: Whether to reserve more IPUs than the programs use.
 
     Raises:
-        UserError: If the module cannot be cut as configured, PopTorch could not compile the
-            programs, or the Trainer asks for what IPUs do in another way or not at all.
+        UserError: If the module cannot be pipelined as configured, PopTorch could not compile the
+            programs, or the Trainer uses a feature that IPUs do not support.
     """
     enforce(module_rules(module))
     outline = outline_of(module)
@@ -60,7 +60,7 @@ def resolve_run(trainer: Trainer, module: Any, config: IPUConfig, auto_round: bo
 
 
 def check_sdk(config: IPUConfig, plan: Plan, compile_only: bool) -> None:
-    """Check that PopTorch and the IPUs that the plan needs are there.
+    """Check that PopTorch and enough IPUs are available.
 
     Raises:
         UserError: If they are not.
@@ -74,14 +74,14 @@ def check_sdk(config: IPUConfig, plan: Plan, compile_only: bool) -> None:
 def programs_of(
     trainer: Trainer, config: IPUConfig
 ) -> Tuple[Optional[ProgramConfig], Optional[ProgramConfig]]:
-    """Return what will be compiled for what the Trainer is about to do: training, inference."""
+    """Return the training and the inference program, or None for a program the run does not need."""
     trains = trainer.state.fn == TrainerFn.FITTING
     evaluates = not trains or trainer.enable_validation
     return config.training if trains else None, config.inference if evaluates else None
 
 
 def device_rules(given: int, config: IPUConfig, auto_round: bool) -> Iterator[Violation]:
-    """The Trainer's devices are as many as training needs."""
+    """The devices of the Trainer must match the stages and replicas of training."""
     shape = config.training.shape
     if given and given != shape.num_devices and not auto_round:
         yield Violation(
@@ -89,20 +89,20 @@ def device_rules(given: int, config: IPUConfig, auto_round: bool) -> Iterator[Vi
             given,
             f"must be {shape.num_devices}: {shape.num_stages} stages x replication_factor="
             f"{shape.batches.replication_factor}",
-            f"Set devices to {shape.num_devices}, leave it out, or change the stages or replicas.",
+            f"Set devices to {shape.num_devices}, remove it, or change the stages or replicas.",
         )
 
 
 def trainer_rules(
     trainer: Trainer, module: LightningModule, device_iterations: int
 ) -> Iterator[Violation]:
-    """A Trainer that trains asks for nothing that IPUs do in another way or not at all."""
+    """A Trainer must not use features in training that IPUs do not support."""
     name = type(module).__name__
     if not module.automatic_optimization:
         yield Violation(
             name,
             None,
-            "optimizes manually, and on IPUs backward and update happen in the compiled program",
+            "uses manual optimization, but on IPUs backward and update are in the compiled program",
             "Set automatic_optimization to True.",
         )
     yield from refusals.accumulation_rule(trainer)
@@ -110,7 +110,7 @@ def trainer_rules(
         yield Violation(
             "gradient_clip_algorithm",
             "value",
-            "is not possible on IPUs: PopTorch clips by norm only",
+            "is not supported on IPUs: PopTorch clips by norm only",
             "Use 'norm'.",
         )
     for hook in ("configure_gradient_clipping", "optimizer_step"):
@@ -118,7 +118,7 @@ def trainer_rules(
             yield Violation(
                 name,
                 None,
-                f"overrides {hook}, but gradients and updates never come to the host on IPUs",
+                f"overrides {hook}, but on IPUs gradients and updates are not available on the host",
                 "Remove the override, or use another strategy.",
             )
     yield from refusals.callback_rules(trainer, refusals.ON_IPUS)
@@ -131,7 +131,7 @@ def _interval_rules(trainer: Trainer, updates: int) -> Iterator[Violation]:
             yield Violation(
                 name,
                 value,
-                f"must be divisible by device_iterations={updates}, the weight updates of a call",
+                f"must be divisible by device_iterations={updates}, the weight updates per call",
                 "Use a multiple of it, or device_iterations=1.",
             )
     between = trainer.val_check_interval
@@ -139,13 +139,13 @@ def _interval_rules(trainer: Trainer, updates: int) -> Iterator[Violation]:
         yield Violation(
             "val_check_interval",
             between,
-            f"counts batches, and with device_iterations={updates} each is {updates} updates",
-            "Give a share of the epoch, e.g. 0.5.",
+            f"counts batches, but with device_iterations={updates} a batch is {updates} updates",
+            "Set it to a fraction of the epoch, e.g. 0.5.",
         )
 
 
 def _intervals(trainer: Trainer) -> Iterator[Tuple[str, int]]:
-    """Name the numbers of updates at which something happens."""
+    """Yield the intervals that count updates."""
     if trainer.max_steps and trainer.max_steps > 0:
         yield "max_steps", trainer.max_steps
     loggers: List[Logger] = trainer.loggers

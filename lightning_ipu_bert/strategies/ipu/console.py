@@ -1,4 +1,4 @@
-"""What a run on IPUs says before it begins."""
+"""Output of a run on IPUs before it starts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lightning_ipu_bert.pipeline.plan import Plan
 
 
 def plan_lines(config: IPUConfig, plan: Plan, overridden: Mapping[str, Any]) -> Iterator[str]:
-    """Return what is taken over, what is not, and where the blocks are placed.
+    """Yield overridden and ignored fields, and the table "Device Allocation".
 
     Args:
-        config: What the user wrote.
-        plan: What the run follows.
-        overridden: Values that took the place of an IPU config's, by name.
+        config: The configuration.
+        plan: The plan of the run.
+        overridden: Values that override an IPU config, by name.
     """
     for name, value in overridden.items():
         yield f"Overriding IPU config: {name}={value}"
@@ -27,7 +27,7 @@ def plan_lines(config: IPUConfig, plan: Plan, overridden: Mapping[str, Any]) -> 
 def overridden_fields(
     given: Mapping[str, Any], values: Mapping[str, Any], pod_type: Optional[str]
 ) -> Dict[str, Any]:
-    """Return the given values that differ from those of an IPU config."""
+    """Return the arguments that differ from the values of an IPU config."""
     written = select(values, vars(IPUConfig()), pod_type)
     return {
         name: value
@@ -37,9 +37,9 @@ def overridden_fields(
 
 
 def ignored_fields(config: IPUConfig) -> Iterator[Tuple[str, str]]:
-    """Return the fields that are set and have no effect, each with the reason."""
+    """Yield the fields that are set and have no effect, with the reason."""
     defaults = vars(IPUConfig())
     for name, reason in WITHOUT_EFFECT.items():
         value = vars(config)[name]
-        if value != defaults[name] and repr(value) != "1":  # one part is no part
+        if value != defaults[name] and repr(value) != "1":  # a serialization factor of 1 is none
             yield f"{name}={value!r}", reason

@@ -1,4 +1,4 @@
-"""The processes of a run on IPUs. There are several only where poprun starts them."""
+"""Cluster environment of runs on IPUs: one process, or several started by poprun."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_ipu_bert.strategies.ipu.sdk import import_popdist
 
 
 class PoprunEnvironment(ClusterEnvironment):
-    """One process, or those that poprun has started; PopDist connects them."""
+    """One process, or the processes started by poprun, which are connected by PopDist."""
 
     @property
     @override
@@ -39,7 +39,7 @@ class PoprunEnvironment(ClusterEnvironment):
 
     @override
     def set_world_size(self, size: int) -> None:
-        """Do nothing: poprun decides."""
+        """Do nothing: set by poprun."""
 
     @override
     def global_rank(self) -> int:
@@ -47,7 +47,7 @@ class PoprunEnvironment(ClusterEnvironment):
 
     @override
     def set_global_rank(self, rank: int) -> None:
-        """Do nothing: poprun decides."""
+        """Do nothing: set by poprun."""
 
     @override
     def local_rank(self) -> int:

@@ -1,4 +1,4 @@
-"""Runs batches on IPUs: two compiled programs, one that trains and one that evaluates."""
+"""Executor on IPUs, with two compiled programs: training and inference."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
 
 class IPUExecutor:
-    """Runs a model's batches; see `pipeline.protocol.PipelineExecutor`."""
+    """Runs the programs of a model; see `pipeline.protocol.PipelineExecutor`."""
 
     def __init__(
         self,
@@ -50,16 +50,16 @@ class IPUExecutor:
         random_state: RandomState,
         offline: bool = False,
     ) -> None:
-        """Create an executor; nothing is compiled yet.
+        """Create an executor; programs are compiled on first use.
 
         Args:
             module: The LightningModule.
-            config: How it runs.
-            plan: What the run follows.
+            config: The configuration.
+            plan: The plan of the run.
             make_options: Returns `poptorch.Options` for training or inference.
-            batch_sizes: Returns the examples of a call, as far as loaders have told.
-            random_state: Of a checkpoint, and of this run.
-            offline: Compile and run nothing.
+            batch_sizes: Returns the examples per call of the loaders for training or inference.
+            random_state: Random state of a checkpoint and of this run.
+            offline: Compile without running.
         """
         self.module = module
         self.config = config
@@ -70,34 +70,34 @@ class IPUExecutor:
         self.random_state = random_state
         self.compile_seconds = 0.0
         self.ran_in_step = False
-        """Whether this training step has updated the weights; the strategy resets it."""
+        """Whether the current training step has updated the weights."""
         self._make_options = make_options
         self._batch_sizes = batch_sizes
         self._offline = offline
 
     def loss(self, batch: Any) -> Tensor:
-        """Return the mean loss of a batch; with gradients on, the weights are updated now."""
+        """Return the mean loss of a batch; if gradients are enabled, update the weights."""
         if not torch.is_grad_enabled():
             loss: Tensor = self.module.pipeline_loss(self.output(batch), batch)
             return loss
         tensors = batch_tensors(batch)
         if self.ran_in_step:
             raise UserError(
-                "run_loss was called twice in a training step, and on IPUs each call is a weight "
-                "update. Call it once, and put everything into pipeline_loss."
+                "run_loss was called twice in a training step, but on IPUs each call is a weight "
+                "update. Call it once, and compute the full loss in pipeline_loss."
             )
         program = self.programs.training or self.compile_training(batch)
         program.check(batch, tensors)
         if len(tensors[0]) != program.batch_size:
             raise UserError(
-                f"A training batch has {len(tensors[0])} examples, and a call takes "
-                f"{program.batch_size}. Let the loader drop a last batch that is not full."
+                f"A training batch has {len(tensors[0])} examples, but a call needs "
+                f"{program.batch_size}. Set drop_last=True in the loader."
             )
         if self._offline:
             raise CompiledOffline
         self.programs.use_training(program)
         assert self.optimizer is not None
-        self.optimizer.refresh(program.poplar)  # once attached, so that it is sent at once
+        self.optimizer.refresh(program.poplar)  # after attaching, so that it is sent immediately
         result = program.poplar(*tensors)
         self.programs.trained()
         self.ran_in_step = True
@@ -107,8 +107,8 @@ class IPUExecutor:
         """Return the output of the last block for every example of a batch."""
         if self.module.trainer.training and torch.is_grad_enabled():
             raise UserError(
-                "run_output in a training step would change programs on the IPUs for every batch. "
-                "Log from the loss, or evaluate in validation_step."
+                "run_output in a training step would switch programs on the IPUs for every batch. "
+                "Log values of the loss, or evaluate in validation_step."
             )
         with torch.inference_mode(False), torch.no_grad():
             tensors = normal(batch_tensors(batch))
@@ -125,7 +125,7 @@ class IPUExecutor:
         return join_outputs(parts, examples)
 
     def compile_training(self, batch: Any) -> CompiledProgram:
-        """Compile what trains, for batches like this one."""
+        """Compile the training program for batches like this one."""
         program = self.programs.compile_training(lambda: self._make_training(batch))
         assert self.optimizer is not None
         self.optimizer.write_loaded_state()
@@ -134,7 +134,7 @@ class IPUExecutor:
         return program
 
     def compile_inference(self, batch: Any) -> CompiledProgram:
-        """Compile what evaluates, for batches like this one."""
+        """Compile the inference program for batches like this one."""
         return self.programs.compile_inference(lambda: self._make_inference(batch))
 
     def _make_training(self, batch: Any) -> CompiledProgram:
@@ -170,11 +170,11 @@ class IPUExecutor:
         return program
 
     def rng_state(self) -> Optional[List[int]]:
-        """Return the state of the IPUs' random numbers, or None before there is one."""
+        """Return the random state of the IPUs, or None before there is one."""
         training = self.programs.training
         poplar = None if training is None or self._offline else training.poplar
         return self.random_state.of(poplar)
 
     def destroy(self) -> None:
-        """Free both programs; the weights come to the host first."""
+        """Copy the weights to the host and destroy both programs."""
         self.programs.destroy()

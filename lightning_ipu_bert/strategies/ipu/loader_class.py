@@ -1,4 +1,4 @@
-"""`poptorch.DataLoader` with what Lightning needs of a loader."""
+"""`poptorch.DataLoader` with the features of a loader that Lightning requires."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ KEPT = (
     "timeout",
     "worker_init_fn",
 )
-"""What is taken over from a user's loader as it is."""
+"""Arguments that are copied from the loader of the user."""
 
 
 class FlattenedBatchSampler(Sampler):  # type: ignore[type-arg]  # not generic in torch 2.0
-    """The examples of a batch sampler's batches, one after the other."""
+    """The indices of the batches of a batch sampler, concatenated."""
 
     def __init__(self, batches: Iterable[Sequence[int]], batch_size: int) -> None:
         """Create a sampler.
 
         Args:
-            batches: A user's batch sampler.
-            batch_size: Examples of each of its batches.
+            batches: A batch sampler.
+            batch_size: Number of examples of each batch.
         """
         self.batches = batches
         self.batch_size = batch_size
 
     @override
     def __iter__(self) -> Iterator[int]:
-        """Draw an epoch."""
+        """Yield the indices of an epoch."""
         return chain.from_iterable(self.batches)
 
     def __len__(self) -> int:
-        """Return the number of examples, as if the last batch were full."""
+        """Return the number of examples, assuming a complete last batch."""
         return len(self.batches) * self.batch_size  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on, which Lightning gives to samplers that want it."""
+        """Set the epoch of the batch sampler and its sampler, as Lightning does."""
         parts: List[Any] = [self.batches, getattr(self.batches, "sampler", None)]
         for part in parts:
             if hasattr(part, "set_epoch"):
@@ -60,16 +60,16 @@ class FlattenedBatchSampler(Sampler):  # type: ignore[type-arg]  # not generic i
 def loader_like(loader: DataLoader[Any], **arguments: Any) -> Any:
     """Return a `poptorch.DataLoader` of the same examples.
 
-    A loader that can go on in the middle of an epoch still can: the class of the new one is derived
-    from its class, too.
+    A stateful loader, which can resume in the middle of an epoch, remains stateful: the class of
+    the new loader is also derived from its class.
 
     Args:
-        loader: The user's.
-        **arguments: What is different: see `poptorch.DataLoader`.
+        loader: The loader of the user.
+        **arguments: Arguments of `poptorch.DataLoader`.
     """
     kept = {name: getattr(loader, name) for name in KEPT}
     if not kept["num_workers"]:
-        del kept["prefetch_factor"]  # torch refuses it without workers
+        del kept["prefetch_factor"]  # torch rejects it without workers
     kind: Any = type(loader)
     resumes = hasattr(loader, "load_state_dict") and "__init__" not in vars(kind)
     result = _loader_class(kind if resumes else DataLoader)(
@@ -77,7 +77,7 @@ def loader_like(loader: DataLoader[Any], **arguments: Any) -> Any:
     )
     for name, value in vars(loader).items():
         if name not in vars(result):
-            setattr(result, name, value)  # such as where to go on
+            setattr(result, name, value)  # such as the position to resume from
     return result
 
 
@@ -86,32 +86,32 @@ def _loader_class(kind: Any) -> Any:
     poptorch = import_poptorch()
 
     class AnyMode(poptorch.DataLoader):  # type: ignore[misc, name-defined]
-        """Loads ahead in a process that is started anew for each epoch.
+        """Prefetches in a process that is started for each epoch.
 
-        PopTorch's own keeps its process, with the copy of the sampler that it was started with:
-        every epoch would have the order of the first, and none could begin in the middle.
+        PopTorch's own loader keeps its process with the initial copy of the sampler: every epoch
+        would have the order of the first, and none could be resumed in the middle.
         """
 
         def __init__(self, *, mode: Any, **arguments: Any) -> None:
             self._arguments: Dict[str, Any] = {**arguments, "mode": mode}
-            self._ahead = mode != poptorch.DataLoaderMode.Sync
+            self._prefetches = mode != poptorch.DataLoaderMode.Sync
             super().__init__(**arguments)
 
         def __iter__(self) -> Iterator[Any]:
-            if not self._ahead:
+            if not self._prefetches:
                 yield from super().__iter__()
                 return
-            loader = poptorch.DataLoader(**self._for_another_process())
+            loader = poptorch.DataLoader(**self._arguments_of_process())
             try:
                 for batch in loader:
-                    # The memory is shared and used again, but Lightning holds a batch while it
-                    # fetches the next.
+                    # The shared memory is reused, but Lightning keeps a batch while it fetches the
+                    # next one.
                     yield map_tree(batch, _copy)
             finally:
                 loader.terminate()
 
-        def _for_another_process(self) -> Dict[str, Any]:
-            """Draw order and seed here: generators do not travel, and that process has no seed."""
+        def _arguments_of_process(self) -> Dict[str, Any]:
+            """Return arguments with order and seed: generators cannot be sent to a process."""
             arguments = {**self._arguments, **self._rebatching()}
             seed = torch.empty((), dtype=torch.int64).random_(generator=arguments.pop("generator"))
             begin = partial(_begin_worker, int(seed), self.worker_init_fn)
@@ -121,19 +121,19 @@ def _loader_class(kind: Any) -> Any:
             return arguments
 
         def _rebatching(self) -> Dict[str, int]:
-            """Workers make parts of a batch, about two each, as in optimum-graphcore."""
+            """Let workers create parts of a batch, about two each, as in optimum-graphcore."""
             workers, mode = self._arguments["num_workers"], self._arguments["mode"]
             if mode != poptorch.DataLoaderMode.AsyncRebatched or not workers:
                 return {}
-            whole = self.combinedBatchSize
-            return {"rebatched_worker_size": max(1, min(whole, 2 * whole // workers))}
+            size = self.combinedBatchSize
+            return {"rebatched_worker_size": max(1, min(size, 2 * size // workers))}
 
     bases = (AnyMode,) if kind is DataLoader else (kind, AnyMode)
     return type("IPUDataLoader", bases, {})
 
 
 def _begin_worker(seed: int, then: Optional[Callable[[int], None]], worker: int) -> None:
-    """Seed a worker as torch does, and run the user's own function behind it."""
+    """Seed a worker as torch does, then call the function of the user."""
     torch.manual_seed(seed + worker)
     random.seed(seed + worker)
     if then is not None:

@@ -1,4 +1,4 @@
-"""Loaders for IPUs: batches of a whole call, as `poptorch.DataLoader` gives them."""
+"""Loaders for IPUs: batches for one call, from `poptorch.DataLoader`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Dict, Literal, Optional
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from lightning_ipu_bert._compat.lightning import note_indices, unwrapped_batch_sampler
+from lightning_ipu_bert._compat.lightning import record_indices, unwrapped_batch_sampler
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.batches import micro_batch_size_of
 from lightning_ipu_bert.pipeline.ipu.program import ProgramConfig, enough_data_rule
@@ -17,37 +17,37 @@ from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
 LoaderMode = Literal["sync", "async", "async_rebatched"]
 MODES = {"sync": "Sync", "async": "Async", "async_rebatched": "AsyncRebatched"}
-"""Our names, and those of poptorch.DataLoaderMode."""
+"""Mode: name in poptorch.DataLoaderMode."""
 
 
 def ipu_loader(
     loader: Any, options: Any, program: ProgramConfig, accumulation: int, mode: LoaderMode = "sync"
 ) -> Any:
-    """Return a loader whose batches are what one call of the IPUs takes.
+    """Return a loader whose batches are those of one call of the IPUs.
 
     Args:
-        loader: The user's. Its batch holds the micro-batches of a weight update of one replica; a
-            batch sampler of the user's own gives micro-batches. A `poptorch.DataLoader`, or what is
-            no DataLoader, is returned as it is.
-        options: `poptorch.Options` of the program that will take the batches.
-        program: Training, which drops what does not fill a call, or inference, which keeps it.
-        accumulation: Micro-batches in a batch of the user's loader.
-        mode: Whether batches are made ahead, in a process of their own.
+        loader: The loader of the user. A batch consists of the micro-batches of one replica per
+            weight update; a custom batch sampler yields micro-batches. A `poptorch.DataLoader`,
+            and objects that are not a DataLoader, are returned unchanged.
+        options: `poptorch.Options` of the program.
+        program: The program; training drops examples that do not fill a call, inference does not.
+        accumulation: Micro-batches in a batch of `loader`.
+        mode: Whether a separate process prefetches batches.
 
     Raises:
-        UserError: If micro-batches do not divide the batch or have no size, or there are too few
-            training data.
+        UserError: If the batch is not divisible into micro-batches, micro-batches have no size, or
+            there is not enough training data.
     """
     poptorch = import_poptorch()
     if not isinstance(loader, DataLoader) or isinstance(loader, poptorch.DataLoader):
         return loader
     if loader.batch_sampler is None:
-        return loader  # its data set gives whole batches
+        return loader  # the dataset yields batches
     batches = _batch_arguments(loader, program, accumulation)
     examples = _count(batches.get("sampler"))
     if program.training and examples is not None:
         enforce(enough_data_rule(examples, batches["batch_size"], program))
-        _say_what_is_dropped(examples, program.shape.batches.host_batch_size(batches["batch_size"]))
+        _print_dropped(examples, program.shape.batches.host_batch_size(batches["batch_size"]))
     result = loader_like(
         loader,
         options=options,
@@ -55,12 +55,12 @@ def ipu_loader(
         mode=poptorch.DataLoaderMode[MODES[mode]],
         **batches,
     )
-    note_indices(result, like=loader)
+    record_indices(result, like=loader)
     return result
 
 
 def _batch_arguments(loader: Any, program: ProgramConfig, accumulation: int) -> Dict[str, Any]:
-    """Return what decides which examples stand in which micro-batch."""
+    """Return the arguments that determine the examples of every micro-batch."""
     if isinstance(loader.dataset, IterableDataset):
         return {"batch_size": _micro_batch_size(loader.batch_size, program, accumulation)}
     batches = unwrapped_batch_sampler(loader.batch_sampler)
@@ -70,15 +70,15 @@ def _batch_arguments(loader: Any, program: ProgramConfig, accumulation: int) -> 
     size = getattr(batches, "batch_size", None)
     if not isinstance(size, int):
         raise UserError(
-            f"The batch sampler {type(batches).__name__} has batch_size={size}, and "
-            "IPUs take micro-batches of one size. Give it the attribute batch_size, the examples "
-            "of each of its batches, or use a sampler."
+            f"The batch sampler {type(batches).__name__} has batch_size={size}, but IPUs need "
+            "micro-batches of a fixed size. Set its attribute batch_size to the number of examples "
+            "of its batches, or use a sampler."
         )
     return {"batch_size": size, "sampler": FlattenedBatchSampler(batches, size)}
 
 
 def _count(sampler: Any) -> Optional[int]:
-    """Return the examples that a sampler draws, if it knows; streams have no sampler."""
+    """Return the length of a sampler, or None if it has none."""
     try:
         return len(sampler)
     except (TypeError, NotImplementedError):
@@ -88,13 +88,13 @@ def _count(sampler: Any) -> Optional[int]:
 def _micro_batch_size(batch_size: int, program: ProgramConfig, accumulation: int) -> int:
     if program.training:
         return micro_batch_size_of(batch_size, accumulation)
-    return -(-batch_size // accumulation)  # an evaluation may be cut as it fits
+    return -(-batch_size // accumulation)  # evaluation may split batches differently
 
 
-def _say_what_is_dropped(examples: int, host_batch_size: int) -> None:
-    calls, rest = divmod(examples, host_batch_size)
-    if rest:
+def _print_dropped(examples: int, host_batch_size: int) -> None:
+    calls, remainder = divmod(examples, host_batch_size)
+    if remainder:
         rank_zero_info(
-            f"{rest:,} of {examples:,} training examples are left out of each epoch: they do not "
-            f"fill a batch of {host_batch_size} ({calls:,} batches do)."
+            f"{remainder:,} of {examples:,} training examples are dropped in each epoch: the last batch "
+            f"of {host_batch_size} is incomplete ({calls:,} batches are complete)."
         )

@@ -1,4 +1,4 @@
-"""Which optimizers PopTorch computes as torch does."""
+"""Optimizers whose updates by PopTorch are equal to those by torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.rules import Violation
 
 OPTIMIZERS = (AdamW, Adam, SGD)
-"""What PopTorch computes as torch does, with a state that is known."""
+"""Optimizers that PopTorch computes as torch does, with a known state."""
 
 SEVERAL = Violation(
     "configure_optimizers",
     None,
-    "gives several optimizers or none, and IPUs run exactly one",
+    "must return exactly one optimizer on IPUs",
     "Return one; it may have several parameter groups.",
 )
 
@@ -41,32 +41,32 @@ def one_optimizer() -> Iterator[None]:
 def optimizer_rules(
     optimizers: Sequence[Optimizer], module: LightningModule, clip: float, lamb: bool
 ) -> Iterator[Violation]:
-    """There is one optimizer, and PopTorch does with it what torch does.
+    """There must be one optimizer, whose updates are equal with PopTorch and torch.
 
     Args:
-        optimizers: Of the module.
-        module: Has the parameters.
-        clip: Norm to which gradients are clipped; 0 where they are not.
-        lamb: Whether LAMB is to take the place of AdamW.
+        optimizers: Optimizers of the module.
+        module: Holds the parameters.
+        clip: Maximum norm of gradients; 0 disables clipping.
+        lamb: Whether LAMB replaces AdamW.
     """
     if len(optimizers) != 1:
         yield SEVERAL
         return
     optimizer = optimizers[0]
     name = type(optimizer).__name__
-    if type(optimizer) not in OPTIMIZERS:  # a class derived from one may do something else
+    if type(optimizer) not in OPTIMIZERS:  # a subclass may compute other updates
         known = ", ".join(kind.__name__ for kind in OPTIMIZERS)
-        yield Violation(name, None, "is not possible on IPUs", f"Use {known}, or LAMB by lamb.")
+        yield Violation(name, None, "is not supported on IPUs", f"Use {known}, or LAMB by lamb.")
     if lamb and not isinstance(optimizer, AdamW):
-        rule = f"takes its numbers from an AdamW, and {name} was given"
+        rule = f"takes its hyperparameters from AdamW, but the optimizer is {name}"
         yield Violation("lamb", None, rule, "Use AdamW.")
     if clip and (lamb or not _clips_as_torch_does(optimizer)):
         yield Violation(
             "gradient_clip_val",
             clip,
-            f"is not possible with {'LAMB' if lamb else name}: PopTorch clips as torch does for "
-            "AdamW, and for Adam without weight decay",
-            "Set it to null, or use one of them.",
+            f"is not supported with {'LAMB' if lamb else name}: PopTorch clips as torch does only "
+            "for AdamW, and for Adam without weight decay",
+            "Set it to null, or use one of these.",
         )
     yield from _number_rules(optimizer)
     yield from _group_rules(optimizer, module)
@@ -77,19 +77,19 @@ def _number_rules(optimizer: Optimizer) -> Iterator[Violation]:
     for group in optimizer.param_groups:
         for flag in ("amsgrad", "maximize", "dampening"):
             if group.get(flag):
-                rule = "is not possible on IPUs as torch does it"
-                yield Violation(f"{name}({flag}={group[flag]})", None, rule, f"Leave {flag} out.")
+                rule = "is not supported on IPUs as in torch"
+                yield Violation(f"{name}({flag}={group[flag]})", None, rule, f"Remove {flag}.")
         if not group.get("eps", 1.0) > 0:
             yield Violation("eps", group["eps"], "must be above 0 on IPUs", "E.g. 1e-8.")
         if isinstance(group["lr"], Tensor):
-            yield Violation("lr", None, "is a tensor, and PopTorch takes numbers", "Give a float.")
+            yield Violation("lr", None, "is a tensor, but PopTorch requires a number", "Pass a float.")
 
 
 def _clips_as_torch_does(optimizer: Optimizer) -> bool:
     """Return whether PopTorch clips the mean gradient.
 
-    SGD's norm is that of the sum over micro-batches, times the loss scaling; Adam's has the weight
-    decay in it. Source: PopART, transforms/clipweightgradientsbynorm.cpp.
+    For SGD it clips the sum over micro-batches times the loss scaling; for Adam the gradient
+    includes the weight decay. Source: PopART, transforms/clipweightgradientsbynorm.cpp.
     """
     if isinstance(optimizer, AdamW):
         return True
@@ -98,14 +98,13 @@ def _clips_as_torch_does(optimizer: Optimizer) -> bool:
 
 
 def _group_rules(optimizer: Optimizer, module: LightningModule) -> Iterator[Violation]:
-    """PopART trains what needs gradients but is in no group, by the optimizer's defaults."""
+    """All trained parameters must be in a group: PopART updates others with the defaults."""
     grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and id(parameter) not in grouped:
             yield Violation(
                 f"The parameter {name}",
                 None,
-                f"is in no group of {type(optimizer).__name__}, and IPUs would train it all the "
-                "same",
-                "Put it into one, or freeze it: requires_grad_(False).",
+                f"is in no parameter group of {type(optimizer).__name__}, but IPUs would train it",
+                "Add it to one, or freeze it with requires_grad_(False).",
             )

@@ -1,4 +1,4 @@
-"""Precision on IPUs: float32, or float16 weights and inputs."""
+"""Precision plugin for IPUs: float32, or float16 weights and inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUPPORTED = ("32-true", "16-true")
 
 
 class IPUPrecision(Precision):
-    """32-true and 16-true. Backward, clipping and update happen on the IPUs."""
+    """32-true and 16-true. Backward, clipping and update run on the IPUs."""
 
     precision: Literal["32-true", "16-true"]
 
@@ -25,7 +25,7 @@ class IPUPrecision(Precision):
         """Create the plugin.
 
         Args:
-            precision: 16-true keeps weights and activations as float16.
+            precision: 32-true, or 16-true for float16 weights and activations.
         """
         self.precision = precision
 
@@ -36,12 +36,12 @@ class IPUPrecision(Precision):
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Turn the weights into float16, if asked for."""
+        """Convert the weights to float16 with 16-true."""
         return module.half() if self.half else module
 
     @override
     def convert_input(self, data: Any) -> Any:
-        """Turn floating-point inputs into the weights' type on the host: it halves the transfer."""
+        """Convert floating-point inputs to the dtype of the weights, on the host."""
         dtype = torch.float16 if self.half else torch.float32
         return apply_to_collection(
             data, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t
@@ -49,11 +49,11 @@ class IPUPrecision(Precision):
 
     @override
     def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: gradients are clipped on the IPUs, and never come to the host."""
+        """Do nothing: gradients are clipped on the IPUs."""
 
 
 def for_ipu(plugin: Precision) -> IPUPrecision:
-    """Return the counterpart of one of Lightning's plugins on IPUs.
+    """Return the counterpart of a precision plugin of Lightning for IPUs.
 
     Raises:
         UserError: If IPUs do not support the precision.

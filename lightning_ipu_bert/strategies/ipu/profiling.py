@@ -1,4 +1,4 @@
-"""Profiles for PopVision, asked for by an environment variable that is left as it was."""
+"""PopVision profiles, enabled by an environment variable that is restored."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ VARIABLE = "POPLAR_ENGINE_OPTIONS"
 
 @contextmanager
 def profiled(folder: str) -> Iterator[None]:
-    """Let programs that are compiled and run within the block write a profile.
+    """Profile programs that are compiled and run within the context.
 
-    What the variable holds already stays, and wins.
+    Options that are already set in the variable take precedence.
 
     Args:
-        folder: Where profiles go; none are written if empty.
+        folder: Folder of the profiles; empty disables profiling.
     """
     before = os.environ.get(VARIABLE)
     if not folder:
@@ -46,5 +46,5 @@ def _options(text: Optional[str]) -> Dict[str, str]:
     except ValueError:
         options = None
     if not isinstance(options, dict):
-        raise UserError(f"{VARIABLE}={text!r} is no JSON object. Mend it, or unset it.")
+        raise UserError(f"{VARIABLE}={text!r} is not a JSON object. Fix it or unset it.")
     return options

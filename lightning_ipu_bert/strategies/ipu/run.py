@@ -1,4 +1,4 @@
-"""One run on IPUs: the plan, what executes it, and all state that ends with it."""
+"""The state of one run on IPUs: plan, executor, and resources that are released at its end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lightning_ipu_bert.training.interrupts import SignalsBetweenSteps
 
 
 class RunOptions(NamedTuple):
-    """What the user wrote beside the IPU config."""
+    """Options of a run that are not in the IPU config; see `IPUStrategy`."""
 
     loss_scaling: Optional[float] = None
     lamb: bool = False
@@ -45,7 +45,7 @@ class RunOptions(NamedTuple):
 
 
 class Run:
-    """A fit, validate, test or predict: made when the strategy is set up, dropped in `teardown`."""
+    """A fit, validate, test or predict: created in `setup_environment`, dropped in `teardown`."""
 
     def __init__(
         self,
@@ -55,17 +55,17 @@ class Run:
         overridden: Mapping[str, Any],
         options: RunOptions,
     ) -> None:
-        """Check everything that can be before programs are compiled, and print the plan.
+        """Check the run before programs are compiled, and print the plan.
 
         Args:
-            trainer: Runs it.
+            trainer: The Trainer.
             module: The LightningModule.
-            config: What the user wrote for IPUs.
-            overridden: Values that took the place of the IPU config's, by name.
-            options: What else the user wrote.
+            config: The configuration.
+            overridden: Values that override the IPU config, by name.
+            options: Other options of the strategy.
 
         Raises:
-            UserError: If a rule is broken, or PopTorch or IPUs are missing.
+            UserError: If a rule is violated, or PopTorch or IPUs are missing.
         """
         self.trainer = trainer
         self.module = module
@@ -74,9 +74,9 @@ class Run:
         self.plan = resolve_run(trainer, module, config, options.auto_round_num_ipus)
         self.executor: Optional[IPUExecutor] = None
         self.loaded: Mapping[str, Any] = {}
-        """What a checkpoint says about IPUs."""
+        """The IPU entry of a checkpoint."""
         self.failed = False
-        """Whether the run has failed: what fails after it must not hide why."""
+        """Whether the run has failed: later errors must not hide the first."""
         self._half = False
         """Whether weights are float16."""
         self._updates = UpdatesOfACall(config.device_iterations)
@@ -90,16 +90,16 @@ class Run:
 
     @property
     def optimizer(self) -> Optional[IPUOptimizer]:
-        """Both optimizers, once there is an executor."""
+        """The optimizer; None before there is an executor."""
         return None if self.executor is None else self.executor.optimizer
 
     @property
     def compile_seconds(self) -> float:
-        """Time that this run has spent compiling."""
+        """Compilation time of this run so far."""
         return 0.0 if self.executor is None else self.executor.compile_seconds
 
     def start(self, precision: Precision) -> None:
-        """Build what runs the module; programs are compiled with the first batch."""
+        """Create the executor; programs are compiled with the first batch."""
         assert isinstance(precision, IPUPrecision)
         precision.convert_module(self.module)
         self._half = precision.half
@@ -113,7 +113,7 @@ class Run:
             RandomState(self.loaded),
             offline=self.options.compile_only,
         )
-        for part in self.module.modules():  # somebody may load weights into a part only
+        for part in self.module.modules():  # weights may be loaded into a submodule only
             hook = part.register_load_state_dict_post_hook(self._weights_were_loaded)
             self._cleanup.callback(hook.remove)
         callbacks: List[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -129,25 +129,25 @@ class Run:
         if self.executor is not None:
             self.executor.programs.host_changed()
 
-    def take(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take what a checkpoint says about IPUs, if it is of IPUs.
+    def read_ipu_entry(self, checkpoint: Mapping[str, Any]) -> None:
+        """Read the IPU entry of a checkpoint, if it has one.
 
         Raises:
-            UserError: If batches and updates cannot be counted on from it.
+            UserError: If its counters of batches and updates do not fit this run.
         """
         self.loaded = checkpoint.get(IPU_KEY) or {}
         if self.trainer.state.fn == TrainerFn.FITTING:
             enforce(progress_rules(checkpoint, self.config.device_iterations))
 
     def set_optimizer(self, optimizers: Sequence[Optimizer], schedules: Sequence[Any]) -> None:
-        """Take the module's optimizer and schedules.
+        """Set the optimizer and the learning rate schedules of the module.
 
         Args:
-            optimizers: Of the module.
-            schedules: Lightning's `LRSchedulerConfig`s; changed in place.
+            optimizers: Optimizers of the module.
+            schedules: `LRSchedulerConfig`s of Lightning; modified in place.
 
         Raises:
-            UserError: If IPUs cannot run them.
+            UserError: If IPUs do not support them.
         """
         clip = float(self.trainer.gradient_clip_val or 0.0)
         enforce(optimizer_rules(optimizers, self.module, clip, self.options.lamb))
@@ -164,22 +164,22 @@ class Run:
         self._updates.schedulers = schedules_of_every_update(schedules, iterations)
 
     def load_optimizer_state(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take the optimizer state of a checkpoint of any strategy."""
+        """Load the optimizer state from a checkpoint of any strategy."""
         assert self.optimizer is not None
         self.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
 
     def begin_training(self) -> None:
-        """Compile and end, where nothing more is asked for."""
+        """Compile and exit, with compile_only."""
         if self.options.compile_only:
             compile_and_end(self.trainer)
 
     def begin_step(self) -> None:
-        """Note that a training step begins: it may update the weights once."""
+        """Start a training step, which may update the weights once."""
         assert self.executor is not None
         self.executor.ran_in_step = False
 
     def loader(self, loader: object, training: bool) -> object:
-        """Return a loader whose batches are what one call of the IPUs takes."""
+        """Return a loader whose batches are those of one call of the IPUs."""
         result = ipu_loader(
             loader,
             self._options_for(training),
@@ -209,20 +209,20 @@ class Run:
         return self._poptorch_options[training]
 
     def rng_state(self) -> Optional[List[int]]:
-        """Return the state of the IPUs' random numbers, if there is one."""
+        """Return the random state of the IPUs, or None."""
         return self.loaded.get("rng_state") if self.executor is None else self.executor.rng_state()
 
-    def fails_by(self, exception: BaseException) -> None:
-        """Note that an exception ends the run."""
+    def on_exception(self, exception: BaseException) -> None:
+        """Mark the run as failed."""
         self.failed = True
         if isinstance(exception, CompiledOffline):
-            rank_zero_info("Nothing was run: compile_only is set. Run again without it.")
+            rank_zero_info("Compiled; nothing was run because compile_only is set.")
 
     def close(self) -> Optional[List[int]]:
-        """Give weights and optimizer state back to the host, and the IPUs to others.
+        """Copy weights and optimizer state to the host, and release the IPUs.
 
         Returns:
-            The last state of the IPUs' random numbers.
+            The random state of the IPUs, or None.
         """
         self.module.pipeline_executor = None
         self._signals.release()
@@ -233,10 +233,10 @@ class Run:
                 self._cleanup.callback(self.executor.destroy)
                 state = self.executor.rng_state()
                 if self.executor.optimizer is not None:
-                    self.executor.optimizer.give_back()
+                    self.executor.optimizer.release()
                 return state
         except Exception as error:
             if not self.failed:
                 raise
-            rank_zero_warn(f"The IPUs could not be given back in order: {error}")
+            rank_zero_warn(f"Releasing the IPUs failed: {error}")
             return None

@@ -1,4 +1,4 @@
-"""Graphcore's SDK, imported when it is needed: the rest of the package works without it."""
+"""Lazy imports of the Poplar SDK: the rest of the package works without it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ INSTEAD = (
     "lightning_ipu_bert.PipelineParallelStrategy {flags} (on GPUs: --trainer.accelerator gpu "
     "--trainer.precision bf16-mixed)"
 )
-"""Flags that run a plan without IPUs."""
+"""Flags that run the same plan without IPUs."""
 
 
 def import_poptorch(flags: str = "--trainer.devices N") -> Any:
     """Return PopTorch.
 
     Args:
-        flags: What else runs the plan without it, for the message.
+        flags: Additional flags to run the plan without IPUs, for the message.
 
     Raises:
-        UserError: If PopTorch is not there, or belongs to another torch.
+        UserError: If PopTorch is not installed, or is built for another version of torch.
     """
     try:
         return import_module("poptorch")
@@ -51,5 +51,5 @@ def import_popdist() -> Optional[ModuleType]:
 
 @lru_cache(maxsize=None)
 def _begin(popdist: Any) -> None:
-    """Let the processes find each other, once; PopDist wants it before all else."""
+    """Initialize PopDist, once and before anything else."""
     popdist.init()

@@ -1,4 +1,4 @@
-"""`IPUStrategy`: the same stages, replicas and accumulation on Graphcore IPUs, through PopTorch."""
+"""`IPUStrategy`: pipeline parallelism on Graphcore IPUs, through PopTorch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_ipu_bert.pipeline.ipu.fields import PLAN_FIELDS
 from lightning_ipu_bert.pipeline.ipu.file import read_values
 from lightning_ipu_bert.pipeline.ipu.program import rank_only_rules
 from lightning_ipu_bert.pipeline.rules import enforce
-from lightning_ipu_bert.strategies.arguments import names_nearest, plan_fields
+from lightning_ipu_bert.strategies.arguments import suggest_names, plan_fields
 from lightning_ipu_bert.strategies.ipu import checkpoints
 from lightning_ipu_bert.strategies.ipu.accelerator import IPUAccelerator, expand
 from lightning_ipu_bert.strategies.ipu.console import overridden_fields
@@ -37,12 +37,13 @@ from lightning_ipu_bert.strategies.ipu.run import Run, RunOptions
 
 @final
 class IPUStrategy(ParallelStrategy):
-    """Runs a module's blocks as stages on IPUs; one process owns all that its replicas need.
+    """Runs a LightningModule as a pipeline of stages, with replicas, on IPUs.
 
-    A config moves to and from `PipelineParallelStrategy` by its class_path.
+    One process owns the IPUs of all its replicas. A config can switch to and from
+    `PipelineParallelStrategy` by class_path.
     """
 
-    @names_nearest
+    @suggest_names
     def __init__(
         self,
         *,
@@ -66,33 +67,35 @@ class IPUStrategy(ParallelStrategy):
         checkpoint_io: Optional[CheckpointIO] = None,
         precision_plugin: Optional[Precision] = None,
     ) -> None:
-        """Create the strategy; nothing of it needs an IPU yet.
+        """Create the strategy; does not require an IPU yet.
 
         Args:
-            layers_per_stage: Numbered layers on each IPU, e.g. [3, 7, 7, 7]; -1 takes an equal
-                share of the rest. Where null, ipu_config decides, as for the next five.
-            replication_factor: Copies of the pipeline that train.
-            gradient_accumulation_steps: Micro-batches of a replica between two weight updates.
-            recompute_checkpoint_every_layer: Keep only the outputs of layers, recompute the rest.
+            layers_per_stage: Number of layers on each IPU, e.g. [3, 7, 7, 7]; IPUs with -1 share the
+                remaining layers equally. Null uses ipu_config, as for the next five.
+            replication_factor: Number of copies of the training pipeline.
+            gradient_accumulation_steps: Micro-batches of a replica per weight update.
+            recompute_checkpoint_every_layer: Store only the outputs of layers and recompute their
+                activations in the backward pass.
             replicated_tensor_sharding: Shard the optimizer state over the replicas (RTS).
-            optimizer_state_offchip: Keep the optimizer state in Streaming Memory.
-            stages_per_rank: 1: an IPU holds one stage.
-            schedule: 1f1b, the only one that PopTorch has.
+            optimizer_state_offchip: Store the optimizer state in Streaming Memory.
+            stages_per_rank: Must be 1: an IPU holds one stage.
+            schedule: Must be 1f1b, the schedule of PopTorch.
             ipu_config: Fields of `IPUConfig`, or a file, folder or hub name of an ipu_config.json.
-            pod_type: Which values to take where ipu_config has them by type of pod, e.g. pod16.
-            loss_scaling: Factor of the loss while gradients are computed; 1 where null.
-            lamb: Train with LAMB, with the numbers of the module's AdamW.
-            loader_mode: Whether batches are made ahead in a process of their own: sync, async or
-                async_rebatched. Data with random numbers then needs num_workers above 0 to repeat.
-            auto_round_num_ipus: Take more IPUs than are used where they are no power of two.
-            compile_only: Compile for the next run on Mk2 IPUs, without any, and end.
-            edit_options: Is called with each `poptorch.Options`, and True for training's.
-            accelerator: Set by the Trainer, as the next two.
-            checkpoint_io: How checkpoints are written.
-            precision_plugin: How numbers are represented.
+            pod_type: Selects from values by pod type in ipu_config, e.g. pod16.
+            loss_scaling: Factor of the loss while gradients are computed; null is 1.
+            lamb: Use LAMB with the hyperparameters of the AdamW of the module.
+            loader_mode: Whether a separate process prefetches batches: sync, async or
+                async_rebatched. Random augmentation is then reproducible only with num_workers
+                above 0.
+            auto_round_num_ipus: Round the number of reserved IPUs up to a power of two.
+            compile_only: Compile for a later run on Mk2 IPUs, without any, and exit.
+            edit_options: Called with `poptorch.Options` and whether they are for training.
+            accelerator: Set by the Trainer, like the next two.
+            checkpoint_io: Plugin that reads and writes checkpoints.
+            precision_plugin: Precision plugin.
 
         Raises:
-            UserError: If a value breaks a rule.
+            UserError: If a value is invalid.
         """
         super().__init__(accelerator, None, PoprunEnvironment(), checkpoint_io, precision_plugin)
         enforce(rank_only_rules(stages_per_rank, schedule))
@@ -104,17 +107,17 @@ class IPUStrategy(ParallelStrategy):
             loss_scaling, lamb, loader_mode, auto_round_num_ipus, compile_only, edit_options
         )
         self._run: Optional[Run] = None
-        self._rng_state: Optional[List[int]] = None  # of the last run, for saves after it
+        self._rng_state: Optional[List[int]] = None  # of the last run, for later saves
 
     @property
     def run(self) -> Run:
-        """The run that is set up."""
+        """The current run."""
         assert self._run is not None
         return self._run
 
     @property
     def facts(self) -> StrategyFacts:
-        """What model and data need to know."""
+        """The facts that models and data depend on."""
         return StrategyFacts(
             micro_batches_per_batch=self.ipu_config.gradient_accumulation_steps,
             updates_per_batch=self.ipu_config.device_iterations,
@@ -126,11 +129,11 @@ class IPUStrategy(ParallelStrategy):
     @property
     @override
     def root_device(self) -> torch.device:
-        return torch.device("cpu")  # batches, metrics and the weights between runs are there
+        return torch.device("cpu")  # holds batches, metrics, and weights between runs
 
     @property
     def is_distributed(self) -> bool:
-        """Whether processes share the data: in training; each of them evaluates everything."""
+        """Whether data is sharded over processes: in training only; all processes evaluate all data."""
         trainer = trainer_of(self.lightning_module)
         return self.world_size > 1 and trainer is not None and bool(trainer.training)
 
@@ -140,16 +143,16 @@ class IPUStrategy(ParallelStrategy):
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def set_world_ranks(self) -> None:
-        """Take IPUs for the devices; the Trainer has chosen all else by now."""
+        """Set IPUs as devices, after the Trainer has set everything else."""
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
-        self.accelerator = IPUAccelerator()  # Lightning's "auto" has chosen another one
+        self.accelerator = IPUAccelerator()  # "auto" of Lightning selects another one
         needed = self.ipu_config.training.shape.num_devices
         self.parallel_devices = expand(self.parallel_devices, needed)
         self.precision_plugin = for_ipu(self.precision_plugin)
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return tensor  # every process evaluates everything
+        return tensor  # all processes evaluate all data
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -157,7 +160,7 @@ class IPUStrategy(ParallelStrategy):
 
     @override
     def barrier(self, name: Optional[str] = None) -> None:
-        """Do nothing: PopDist keeps processes together while they run."""
+        """Do nothing: PopDist synchronizes processes while they run."""
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
@@ -196,7 +199,7 @@ class IPUStrategy(ParallelStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        refuse_other_losses(closure_loss)  # gradients were computed with the loss
+        refuse_other_losses(closure_loss)  # gradients are computed together with the loss
         return super().backward(closure_loss, *args, **kwargs)
 
     @override
@@ -231,15 +234,15 @@ class IPUStrategy(ParallelStrategy):
     ) -> Dict[str, Any]:
         given = {} if weights_only is None else {"weights_only": weights_only}  # new in 2.6
         checkpoint: Dict[str, Any] = super().load_checkpoint(checkpoint_path, **given)
-        self.run.take(checkpoint)
+        self.run.read_ipu_entry(checkpoint)
         return checkpoint
 
     @override
     def on_exception(self, exception: BaseException) -> None:
         if self._run is not None:
-            self._run.fails_by(exception)
+            self._run.on_exception(exception)
             if isinstance(exception, KeyboardInterrupt):
-                self.teardown()  # after Ctrl-C Lightning 2.3 does not
+                self.teardown()  # Lightning 2.3 does not after Ctrl-C
 
     @override
     def teardown(self) -> None:
@@ -247,4 +250,4 @@ class IPUStrategy(ParallelStrategy):
         try:
             self._rng_state = self._rng_state if run is None else run.close()
         finally:
-            super().teardown()  # plugins may have something to finish, such as a save
+            super().teardown()  # plugins may have to finish, e.g. a save

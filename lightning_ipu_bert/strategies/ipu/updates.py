@@ -1,7 +1,7 @@
-"""One call of the IPUs may be several weight updates; Lightning counts calls.
+"""Counting of weight updates: one call of the IPUs may be several updates; Lightning counts calls.
 
-With `device_iterations` D a call is D updates: `global_step`, what is logged under it, and learning
-rate schedules advance by D. The learning rate of a call is that of its first update.
+With `device_iterations` D a call is D updates: `global_step`, its logged metrics and learning rate
+schedules advance by D. All updates of a call use the learning rate of the first.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from lightning_ipu_bert.errors import UserError
 
 
 class UpdatesOfACall(Callback):
-    """Counts the updates of every call; the strategy puts it before all other callbacks."""
+    """Counts the updates of every call; the strategy adds it before all other callbacks."""
 
     def __init__(self, updates_per_call: int) -> None:
-        """Count nothing yet.
+        """Create the callback.
 
         Args:
             updates_per_call: `device_iterations`.
         """
         self.schedulers: List[Any] = []
-        """Learning rate schedulers that step with every update."""
+        """Learning rate schedulers that step after every update."""
         self._updates = updates_per_call
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Say how many updates there will be."""
+        """Print the total number of updates."""
         if trainer.estimated_stepping_batches != float("inf"):
             rank_zero_info(f"Total optimization steps: {pl_module.estimated_updates():,}")
         if self._updates > 1:
             rank_zero_info(
-                f"device_iterations={self._updates}: a batch is so many updates. Where a schedule "
-                "needs its length, use self.estimated_updates(), and not "
+                f"With device_iterations={self._updates} a batch is {self._updates} weight updates. For "
+                "the length of a schedule use self.estimated_updates() instead of "
                 "trainer.estimated_stepping_batches, which counts batches."
             )
 
@@ -45,7 +45,7 @@ class UpdatesOfACall(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Log what belongs to the batch at its last update."""
+        """Log the metrics of the batch at its last update."""
         log_at_last_update(trainer, self._updates)
 
     @override
@@ -57,7 +57,7 @@ class UpdatesOfACall(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Count the updates after the first, which Lightning counts itself."""
+        """Count the updates after the first one, which Lightning counts itself."""
         more = self._updates - 1
         step = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
         for progress in (step.total, step.current):
@@ -68,10 +68,10 @@ class UpdatesOfACall(Callback):
 
 
 def schedules_of_every_update(schedules: Sequence[Any], updates_per_batch: int) -> List[Any]:
-    """Return the schedulers that step with every update; let the others count calls.
+    """Return the schedulers that step after every update; let the others count calls.
 
     Args:
-        schedules: Lightning's `LRSchedulerConfig`s, with frequencies in updates; changed in place.
+        schedules: `LRSchedulerConfig`s with frequencies in updates; modified in place.
         updates_per_batch: Updates of a call.
 
     Raises:
@@ -84,8 +84,8 @@ def schedules_of_every_update(schedules: Sequence[Any], updates_per_batch: int) 
         if schedule.frequency == 1:
             every_update.append(schedule.scheduler)
             continue
-        calls, rest = divmod(schedule.frequency, updates_per_batch)
-        if rest:
+        calls, remainder = divmod(schedule.frequency, updates_per_batch)
+        if remainder:
             raise UserError(
                 f"A learning rate schedule has frequency={schedule.frequency} updates, which must "
                 f"be divisible by device_iterations={updates_per_batch}. Use 1 or a multiple of it."

@@ -1,1 +1,1 @@
-"""How ranks are started and watched, and how signals reach them."""
+"""Launching and monitoring of ranks, and their signals."""

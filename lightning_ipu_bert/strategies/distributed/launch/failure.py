@@ -1,4 +1,4 @@
-"""A rank that fails: whether all have failed alike, and if not, who says so."""
+"""Failures of ranks: whether all ranks failed with the same error, and reports of other failures."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ import torch.distributed as dist
 from lightning_ipu_bert._compat.torch import wait_for_keys
 from lightning_ipu_bert.errors import UserError
 
-TOLD, TOLD_USER_ERROR = 71, 72
-"""Exit codes of a rank that has said itself why it ends."""
+REPORTED, REPORTED_USER_ERROR = 71, 72
+"""Exit codes of a rank that has printed its error itself."""
 GRACE_SECONDS = 10.0
-"""How long a rank that lost a connection waits to be told whose it was."""
+"""How long a rank that lost a connection waits for the failed rank to report."""
 AGREEMENT_SECONDS = 3.0
-"""How long a rank that failed waits for the others to fail alike."""
+"""How long a failed rank waits for the other ranks to fail with the same error."""
 
 
-def all_failed_alike(exception: BaseException, launch: int) -> bool:
-    """Return whether every rank has raised the same, so that all are at the same place.
+def all_failed_equally(exception: BaseException, launch: int) -> bool:
+    """Return whether all ranks raised the same exception.
 
-    Then no rank is in the middle of a collective, the weights can be gathered, and whoever catches
-    the exception can run again. Nothing is said in the process group, which may hang.
+    Then no rank is inside a collective, the weights can be gathered, and the exception can be caught
+    and followed by another run. Uses no collective, which could hang.
 
     Args:
-        exception: What this rank has raised.
-        launch: Which launch of this process it is.
+        exception: The exception of this rank.
+        launch: Number of launches in this process so far.
     """
-    anywhere = isinstance(exception, KeyboardInterrupt) or lost_connection(exception)
-    if anywhere or not dist.is_initialized():
+    local = isinstance(exception, KeyboardInterrupt) or lost_connection(exception)
+    if local or not dist.is_initialized():
         return False
     rank, world = dist.get_rank(), dist.get_world_size()
     keys = [f"lightning_ipu_bert/failed/{launch}/{r}" for r in range(world)]
     text = f"{type(exception).__name__}: {exception}"
     try:
-        said = wait_for_keys(keys, keys[rank], text, AGREEMENT_SECONDS)
-    except RuntimeError:  # also of a store that is gone with its rank
+        texts = wait_for_keys(keys, keys[rank], text, AGREEMENT_SECONDS)
+    except RuntimeError:  # also raised by a store whose rank is gone
         return False
-    return len(set(said)) == 1
+    return len(set(texts)) == 1
 
 
 def lost_connection(exception: BaseException) -> bool:
@@ -54,24 +54,24 @@ def lost_connection(exception: BaseException) -> bool:
 
 
 def report(rank: int, where: str, exception: BaseException) -> None:
-    """Say in one line what happened on which rank; but wait, if it happened on another."""
+    """Print the failure of this rank in one line, after a delay if another rank failed first."""
     if lost_connection(exception):
         time.sleep(GRACE_SECONDS)
-    while exception.__cause__ is not None:  # torch's schedules wrap what a stage raises
+    while exception.__cause__ is not None:  # schedules of torch wrap exceptions of stages
         exception = exception.__cause__
     what = (str(exception).strip().splitlines() or [""])[0]
-    tell(f"Rank {rank} failed {where}: {type(exception).__name__}: {what}".rstrip(": "))
+    print_line(f"Rank {rank} failed {where}: {type(exception).__name__}: {what}".rstrip(": "))
 
 
 def leave(exception: BaseException) -> NoReturn:
-    """End a rank whose launcher must know that it has said why."""
+    """Exit with a code that tells the launcher that the error is printed."""
     if isinstance(exception, UserError):
         print(f"error: {exception}", file=sys.stderr, flush=True)
-        os._exit(TOLD_USER_ERROR)
+        os._exit(REPORTED_USER_ERROR)
     traceback.print_exception(type(exception), exception, exception.__traceback__)
-    os._exit(TOLD)
+    os._exit(REPORTED)
 
 
-def tell(line: str) -> None:
-    """Print a line about ranks."""
+def print_line(line: str) -> None:
+    """Print a line to standard error."""
     print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Starting the ranks of this machine, after everything that can be checked was checked."""
+"""Launcher of ranks as scripts, after all checks of the run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lightning_ipu_bert.strategies.distributed.launch import failure, watch
 from lightning_ipu_bert.training.termination import InterruptedBetweenSteps
 
 Prepare = Callable[[Optional[Trainer], Any], None]
-"""Checks a run, given the Trainer and the arguments of its entry point."""
+"""Checks a run; called with the Trainer and the arguments of its entry point."""
 
 
 class ScriptLauncher(SubprocessScriptLauncher):
-    """Starts the script anew for every other rank of this machine.
+    """Runs the script again for every other rank on this machine.
 
-    Under torchrun, SLURM and so on the processes are there already, and it only checks.
+    Under torchrun, SLURM and so on the processes already exist, and it only checks the run.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class ScriptLauncher(SubprocessScriptLauncher):
         """Create a launcher.
 
         Args:
-            environment: How processes find each other.
-            num_processes: Ranks of this machine.
-            num_nodes: Machines.
-            prepare: Is called before anything is started.
-            fail: Is called with what a rank has raised while the others have not.
+            environment: The cluster environment.
+            num_processes: Ranks on this machine.
+            num_nodes: Number of machines.
+            prepare: Called before any process is started.
+            fail: Called with an exception of this rank that other ranks did not raise.
         """
         super().__init__(environment, num_processes, num_nodes)
         self._prepare = prepare
@@ -63,7 +63,7 @@ class ScriptLauncher(SubprocessScriptLauncher):
         trainer: Optional[Trainer] = None,
         **kwargs: Any,
     ) -> Any:
-        """Check the run, start the ranks, and call the function."""
+        """Check the run, start the ranks and call the function."""
         self._prepare(trainer, args)
         self._launches += 1
         environment = self.cluster_environment
@@ -80,16 +80,16 @@ class ScriptLauncher(SubprocessScriptLauncher):
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Let ranks watch each other within the context, and end together where one fails."""
+        """Monitor the ranks within the context; if one fails, all exit."""
         sys.stderr = self._stderr
         watch.running.set()
         try:
             yield
         except (InterruptedBetweenSteps, SIGTERMException):
-            raise  # all ranks end in good order
+            raise  # all ranks end in the same step
         except BaseException as exception:
-            if failure.all_failed_alike(exception, self._launches):
-                self._leave_the_word_to_the_first_rank()
+            if failure.all_failed_equally(exception, self._launches):
+                self._mute_unless_first_rank()
                 raise
             self._fail(exception)
             watch.kill(self.procs)
@@ -99,20 +99,20 @@ class ScriptLauncher(SubprocessScriptLauncher):
         finally:
             watch.running.clear()
 
-    def _leave_the_word_to_the_first_rank(self) -> None:
+    def _mute_unless_first_rank(self) -> None:
         if self._was_launched:
             sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     @override
     def kill(self, signum: Any) -> None:
-        """Send a signal to the ranks that this one started."""
+        """Send a signal to the ranks started by this one."""
         if signum == signal.SIGKILL:
             watch.kill(self.procs)
         super().kill(signum)
 
     def end_at_once(self) -> NoReturn:
-        """End this rank and those that it started: the second Ctrl-C."""
+        """Exit this rank and those started by it, after a second Ctrl-C."""
         if not self._was_launched:
-            failure.tell("Ended at once by Ctrl-C; nothing was saved.")
+            failure.print_line("Ended immediately by Ctrl-C; nothing was saved.")
         watch.kill(self.procs)
         os._exit(watch.INTERRUPTED)

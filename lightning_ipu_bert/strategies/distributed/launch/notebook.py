@@ -1,4 +1,4 @@
-"""Starting the ranks from a notebook, and Ctrl-C there: the ranks decide, the notebook waits."""
+"""Launcher of ranks from a notebook, which forwards Ctrl-C to them and waits."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lightning_ipu_bert.training.termination import InterruptedBetweenSteps
 
 
 class NotebookLauncher(MultiProcessingLauncher):
-    """Forks (or spawns) the ranks from a notebook, where there is no script to start anew."""
+    """Forks (or spawns) the ranks from a notebook, where there is no script to run again."""
 
     def __init__(self, strategy: ParallelStrategy, start_method: Any, prepare: Prepare) -> None:
         """Create a launcher.
 
         Args:
-            strategy: Lightning's launcher asks it for devices and checkpoints.
+            strategy: The strategy, required by the launcher of Lightning.
             start_method: fork or spawn.
-            prepare: Is called before anything is started.
+            prepare: Called before any process is started.
         """
         super().__init__(strategy, start_method=start_method)
         self._prepare = prepare
@@ -41,28 +41,28 @@ class NotebookLauncher(MultiProcessingLauncher):
         trainer: Optional[Trainer] = None,
         **kwargs: Any,
     ) -> Any:
-        """Check the run, start the ranks, and call the function in them.
+        """Check the run, start the ranks and call the function in them.
 
         Raises:
-            RuntimeError: If Ctrl-C has ended the ranks at once. KeyboardInterrupt would let
-                Lightning end the notebook, too, and ignore Ctrl-C from then on.
+            RuntimeError: If a second Ctrl-C has ended the ranks. After KeyboardInterrupt, Lightning
+                would exit the notebook and ignore further Ctrl-C.
         """
         self._prepare(trainer, args)
         entry = Interruptible(function, trainer)
         try:
-            with self._interrupts_passed_on():
+            with self._forwarded_interrupts():
                 return super().launch(entry, *args, trainer=trainer, **kwargs)
         except ProcessExitedException as error:
             if error.exit_code != watch.INTERRUPTED:
                 raise
-            raise RuntimeError("Ended at once by Ctrl-C; nothing was saved.") from None
+            raise RuntimeError("Ended immediately by Ctrl-C; nothing was saved.") from None
 
     @contextmanager
-    def _interrupts_passed_on(self) -> Iterator[None]:
-        """Pass Ctrl-C on to the ranks, within the context; a terminal sends it to them itself."""
+    def _forwarded_interrupts(self) -> Iterator[None]:
+        """Forward Ctrl-C to the ranks within the context; a terminal sends it to them itself."""
         here, previous = os.getpid(), signal.getsignal(signal.SIGINT)
 
-        def pass_on(number: int, _: Any) -> None:
+        def forward(number: int, _: Any) -> None:
             for process in self.procs if os.getpid() == here else ():
                 if process.pid is not None and process.is_alive():
                     os.kill(process.pid, number)
@@ -71,37 +71,37 @@ class NotebookLauncher(MultiProcessingLauncher):
         if own or threading.current_thread() is not threading.main_thread():
             yield
             return
-        signal.signal(signal.SIGINT, pass_on)
+        signal.signal(signal.SIGINT, forward)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, previous)
 
     def end_at_once(self) -> NoReturn:
-        """End this rank: the second Ctrl-C."""
+        """Exit this rank after a second Ctrl-C."""
         os._exit(watch.INTERRUPTED)
 
 
 class Interruptible:
-    """The entry point of a run in a forked rank, where Lightning handles no Ctrl-C.
+    """Entry point of a run in a forked rank, in which Lightning does not handle Ctrl-C.
 
-    After a Ctrl-C between two steps it ends as if it were done, so that the weights go back to the
+    After Ctrl-C between two steps it returns normally, so that the weights are returned to the
     notebook.
     """
 
     def __init__(self, function: Callable[..., Any], trainer: Optional[Trainer]) -> None:
-        """Wrap a function.
+        """Wrap an entry point.
 
         Args:
             function: The entry point.
-            trainer: The Trainer that is run.
+            trainer: The Trainer.
         """
         self._function = function
         self._trainer = trainer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # not the notebook's
+        """Call the entry point."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # instead of the handler of the notebook
         try:
             return self._function(*args, **kwargs)
         except InterruptedBetweenSteps as exception:

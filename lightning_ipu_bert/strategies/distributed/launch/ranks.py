@@ -1,4 +1,4 @@
-"""The ranks of a job: how they are started, numbered and connected, and which plan they follow."""
+"""The ranks of a job: launcher, process group, mesh, and the plan of the next run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Launcher = Union[ScriptLauncher, NotebookLauncher]
 
 
 class Ranks:
-    """Outlives runs: processes, process group and mesh are made once."""
+    """State that outlives runs: processes, process group and mesh are created once."""
 
     def __init__(
         self,
@@ -35,20 +35,20 @@ class Ranks:
         timeout_seconds: float,
         start_method: str,
     ) -> None:
-        """Start nothing yet.
+        """Create the object; no process is started.
 
         Args:
-            config: What the user wrote.
-            ignored: Fields that the user wrote and that have no effect on ranks.
-            backend: Of torch.distributed; the device's own where None.
-            timeout_seconds: How long a rank waits for another.
+            config: The configuration.
+            ignored: Fields that are set and have no effect on ranks.
+            backend: Backend of torch.distributed; None selects the default of the device.
+            timeout_seconds: Timeout of communication between ranks.
             start_method: popen, fork or spawn.
         """
         self.config = config
         self.environment: Optional[ClusterEnvironment] = None
-        """How processes find each other, once they have."""
+        """The cluster environment; None before `join`."""
         self.mesh: Optional[Mesh] = None
-        self._plan: Optional[Plan] = None  # of the run that is about to begin
+        self._plan: Optional[Plan] = None  # of the next run
         self._ignored = ignored
         self._backend = backend
         self._timeout = timedelta(seconds=timeout_seconds)
@@ -57,19 +57,19 @@ class Ranks:
 
     @property
     def end_at_once(self) -> Callable[[], None]:
-        """What a second Ctrl-C does."""
+        """Called by a second Ctrl-C."""
         assert self._launcher is not None
         return self._launcher.end_at_once
 
     def launcher(
         self, strategy: ParallelStrategy, num_nodes: int, fail: Callable[[BaseException], None]
     ) -> Optional[Launcher]:
-        """Return what starts the ranks of this machine, once the Trainer has chosen devices.
+        """Return the launcher of the ranks on this machine; None before the Trainer sets devices.
 
         Args:
-            strategy: Has the devices and the cluster environment.
-            num_nodes: Machines.
-            fail: Is called with what this rank has raised while others have not.
+            strategy: Holds the devices and the cluster environment.
+            num_nodes: Number of machines.
+            fail: Called with an exception of this rank that other ranks did not raise.
         """
         environment = strategy.cluster_environment
         if self._launcher is None and environment is not None:
@@ -82,10 +82,10 @@ class Ranks:
         return self._launcher
 
     def number(self, strategy: ParallelStrategy, num_nodes: int) -> None:
-        """Number the ranks over all machines, and check that they are as many as are needed.
+        """Set global rank and world size, and check them against the configuration.
 
         Raises:
-            UserError: If they are not.
+            UserError: If the number of ranks does not match the stages and replicas.
         """
         count, environment = len(strategy.parallel_devices or []), strategy.cluster_environment
         if environment is not None:
@@ -96,7 +96,7 @@ class Ranks:
         enforce([*self.config.shape_rules(), *self.config.device_rules(count, num_nodes)])
 
     def join(self, environment: Optional[ClusterEnvironment], device: torch.device) -> None:
-        """Connect with the other ranks; the next run uses the same connections."""
+        """Initialize process group and mesh, once per job."""
         assert environment is not None
         self.environment = environment
         reset_seed()
@@ -109,7 +109,7 @@ class Ranks:
             )
 
     def take_plan(self) -> Plan:
-        """Hand the plan over to the run that begins."""
+        """Return the plan of the next run, and reset it."""
         plan, self._plan = self._plan, None
         assert plan is not None
         return plan
@@ -120,7 +120,7 @@ class Ranks:
             return
         self._plan = resolve_run(trainer, args, self.config)
         if self._ignored:
-            rank_zero_info(f"Without effect on ranks: {', '.join(self._ignored)}.")
+            rank_zero_info(f"Ignored without IPUs: {', '.join(self._ignored)}.")
             self._ignored = []
         for line in self._plan.lines() if self._plan is not None else ():
             rank_zero_info(line)

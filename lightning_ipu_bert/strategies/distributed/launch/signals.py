@@ -1,8 +1,8 @@
-"""SIGTERM and Ctrl-C take effect where all ranks are between two steps.
+"""Handling of SIGTERM and Ctrl-C between two steps, on all ranks.
 
-Lightning's handlers talk to the other ranks at once: they broadcast, or gather a checkpoint. But a
-signal comes at any moment. A rank that waits for a hidden state would never hear of it, and the
-rank that should send it would wait in the handler.
+Lightning's handlers communicate immediately: they broadcast, or gather a checkpoint. A signal may
+arrive at any time: a rank that waits for a hidden state would not take part, and the rank that
+should send it would block in the handler.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def signals_of_ranks(
     device: torch.device,
     end_at_once: Callable[[], None],
 ) -> SignalsBetweenSteps:
-    """Return the callback that a pipeline strategy adds for the length of a run.
+    """Return the callback that a pipeline strategy adds for the duration of a run.
 
     Args:
-        environment: Where SLURM says which signal it sends before a job's time is up.
-        device: Of the collectives.
-        end_at_once: Is called by a second Ctrl-C.
+        environment: The cluster environment; SLURM defines the signal before the end of a job.
+        device: Device of the collectives.
+        end_at_once: Called by a second Ctrl-C.
     """
 
     def agree(seen: List[bool]) -> List[bool]:
@@ -37,7 +37,7 @@ def signals_of_ranks(
         return [bool(vote) for vote in votes.tolist()]
 
     numbers = [signal.SIGINT, *_signals_of_lightning(environment)]
-    return SignalsBetweenSteps(end_at_once, numbers, agree, tell=dist.get_rank() == 0)
+    return SignalsBetweenSteps(end_at_once, numbers, agree, print_hint=dist.get_rank() == 0)
 
 
 def _signals_of_lightning(environment: Optional[ClusterEnvironment]) -> List[int]:

@@ -1,7 +1,7 @@
-"""Ranks watch each other: when one is gone, all end, and one line says which it was and why.
+"""Monitoring of ranks: if one is gone, all exit, and one line reports which rank and why.
 
-A rank that waits for another in a collective would notice late, and say only that a connection
-was closed. Here the launching rank watches the others, and they watch it.
+A rank inside a collective notices late, and reports only that a connection was closed. Therefore
+the launching rank monitors the others, and they monitor it.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Callable, List, Optional, Tuple
 
 from lightning_ipu_bert.strategies.distributed.launch.failure import (
     GRACE_SECONDS,
-    TOLD,
-    TOLD_USER_ERROR,
-    tell,
+    REPORTED,
+    REPORTED_USER_ERROR,
+    print_line,
 )
 
 LAUNCHER_VARIABLE = "LIGHTNING_IPU_BERT_LAUNCHER"
 """Environment variable with the process id of the rank that launched this one."""
 INTERRUPTED = 128 + signal.SIGINT
-"""Exit code of a rank that a second Ctrl-C has ended."""
+"""Exit code of a rank after a second Ctrl-C."""
 CLEAN = (0, 128 + signal.SIGTERM)
-"""Exit codes of ranks that ended in good order; Lightning ends all of them on SIGTERM."""
+"""Exit codes of ranks without a failure; Lightning ends all ranks on SIGTERM."""
 POLL_SECONDS = 0.2
 
 running = threading.Event()
-"""Set while this rank is in a run."""
+"""Set during a run on this rank."""
 
 
 def watch_children(children: List[subprocess.Popen[bytes]]) -> None:
-    """End this process and all children once one fails in a run. Child i is rank i + 1."""
+    """Exit this process and all children if one fails during a run. Child i is rank i + 1."""
 
     def failed() -> Optional[Tuple[int, int]]:
         if not running.is_set():
@@ -42,19 +42,19 @@ def watch_children(children: List[subprocess.Popen[bytes]]) -> None:
         return next(((rank, code) for rank, code in codes if code not in (None, *CLEAN)), None)
 
     def end(rank: int, code: int) -> None:
-        if code == TOLD_USER_ERROR:
-            time.sleep(GRACE_SECONDS / 5)  # this rank may be about to say the same
-        elif code not in (TOLD, INTERRUPTED):
+        if code == REPORTED_USER_ERROR:
+            time.sleep(GRACE_SECONDS / 5)  # this rank may be about to report the same
+        elif code not in (REPORTED, INTERRUPTED):
             pid = children[rank - 1].pid
-            tell(f"Rank {rank} (process {pid}) {_how(code)}. The job ends.")
+            print_line(f"Rank {rank} (process {pid}) {_how(code)}. The job ends.")
         kill(children)
-        os._exit({TOLD_USER_ERROR: 2, INTERRUPTED: INTERRUPTED}.get(code, 1))
+        os._exit({REPORTED_USER_ERROR: 2, INTERRUPTED: INTERRUPTED}.get(code, 1))
 
     _start(failed, end)
 
 
 def watch_launcher() -> bool:
-    """End this process once the rank that launched it is gone. Return whether there is one."""
+    """Exit this process if its launching rank is gone. Return whether it was launched by a rank."""
     launcher = int(os.environ.get(LAUNCHER_VARIABLE, 0))
     if launcher != os.getppid():
         return False
@@ -63,12 +63,12 @@ def watch_launcher() -> bool:
     def gone() -> Optional[Tuple[int, int]]:
         if not running.is_set() or os.getppid() == launcher:
             return None
-        time.sleep(GRACE_SECONDS / 5)  # it may have ended in good order, a little before this one
+        time.sleep(GRACE_SECONDS / 5)  # it may have ended normally, shortly before this one
         return (0, 0) if running.is_set() else None
 
     def end(*_: int) -> None:
-        if rank == "1":  # one line, not one of every rank
-            tell(f"Rank 0 (process {launcher}) is gone. The job ends.")
+        if rank == "1":  # one line, not one per rank
+            print_line(f"Rank 0 (process {launcher}) is gone. The job ends.")
         os._exit(1)
 
     _start(gone, end)
@@ -76,7 +76,7 @@ def watch_launcher() -> bool:
 
 
 def kill(children: List[subprocess.Popen[bytes]]) -> None:
-    """End all children at once, for they may hang in a collective, and watch them no longer."""
+    """Kill all children, which may be blocked in a collective, and stop monitoring them."""
     doomed = list(children)
     children.clear()
     for child in doomed:
