@@ -1,4 +1,4 @@
-"""The command line: Lightning's verbs on our module and data, and `ask` and `export`."""
+"""The command line: the verbs of LightningCLI, and `ask` and `export`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
-from jsonargparse import ActionConfigFile, set_parsing_settings
+from jsonargparse import ActionConfigFile
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
@@ -21,11 +21,8 @@ from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.models.predictions import PredictionWriter
 from lightning_ipu_bert.models.question_answering import BertForQuestionAnsweringModule
 
-# Descriptions of dataclass fields stand below them, and belong into --help.
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
 COMMANDS: Dict[str, Callable[[Sequence[str]], None]] = {"ask": ask.main, "export": export.main}
-"""The verbs that need no Trainer."""
+"""The verbs that do not use a Trainer."""
 
 LIGHTNINGS_OWN = re.compile(r"(last|best|hpc)$|registry|.*://")
 """Values of --ckpt_path that Lightning resolves itself."""
@@ -39,23 +36,23 @@ DESCRIPTION = (
 
 
 def shipped_configs() -> Path:
-    """Return the folder of the configs: in an installed package, or beside it in a checkout."""
+    """Return the folder of the configs, in an installed package or in a checkout."""
     package = Path(__file__).parent
     return next(p for p in (package / "configs", package.parent / "configs") if p.is_dir())
 
 
 def find_config(name: str) -> str:
-    """Return `name` if it is a file, else the path of the shipped config of that name, if any."""
+    """Return the path of the shipped config `name`, unless `name` is a file."""
     shipped = shipped_configs() / Path(name).with_suffix(".yaml").name
     return str(shipped) if not Path(name).exists() and shipped.is_file() else name
 
 
 class ConfigFile(ActionConfigFile):
-    """`--config`: a file, or the name of a shipped config."""
+    """Action of `--config`, for a file or the name of a shipped config."""
 
     @override
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
-        """Apply a config."""
+        """Apply a config file."""
         super().__call__(parser, cfg, find_config(values), option_string)  # type: ignore[no-untyped-call]
 
 
@@ -81,7 +78,7 @@ class QuestionAnsweringCLI(PlainCLI):
 
     @override
     def init_parser(self, **kwargs: Any) -> Parser:
-        """Return a parser that knows the shipped configs."""
+        """Return a parser that accepts names of shipped configs."""
         parser = Parser(**kwargs)
         parser.add_argument(
             "-c", "--config", action=ConfigFile, help="YAML file, or name of a shipped config."
@@ -92,12 +89,12 @@ class QuestionAnsweringCLI(PlainCLI):
 
     @override
     def add_arguments_to_parser(self, parser: Any) -> None:
-        """Add the options of the prediction files."""
+        """Add the options of `PredictionWriter`."""
         parser.add_lightning_class_args(PredictionWriter, "predictions")
 
     @override
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parse, then let a checkpoint decide what belongs to it."""
+        """Parse the arguments, then override them by those of a checkpoint."""
         self.config = parser.parse_args(args)
         options = self.config[self.config.subcommand]
         path = options.get("ckpt_path")
@@ -109,23 +106,23 @@ class QuestionAnsweringCLI(PlainCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        """Build model, data and Trainer; what they refuse is the user's to change."""
+        """Create model, data and Trainer; their ValueErrors are errors of the user."""
         try:
             super().instantiate_classes()
         except (MisconfigurationException, ValueError) as error:
             raise UserError(str(error)) from error
-        self.datamodule.read(self.subcommand)  # before the ranks of a pipeline are started
+        self.datamodule.read(self.subcommand)  # before ranks are started
 
 
 def follow_checkpoint(options: Any, defaults: Any, path: str) -> None:
-    """Take model settings, windows and tokenizer from a checkpoint, and say so where they differ.
+    """Override model settings, windows and tokenizer by those of a checkpoint.
 
-    The weights, the optimizer's state and the schedule of a checkpoint fit its own settings only,
-    so that these win over the command line, as in Lightning; but not in silence.
+    Weights, optimizer state and schedule of a checkpoint require its own settings, which therefore
+    take precedence over the command line, as in Lightning. Differences are printed.
 
     Args:
-        options: The parsed options of a verb; changed in place.
-        defaults: Their defaults: an option that has its default counts as not given.
+        options: The parsed options of a verb; modified in place.
+        defaults: Their defaults; options with their default value are not reported.
         path: The checkpoint.
     """
     checkpoint = read_checkpoint(path)
@@ -145,8 +142,8 @@ def follow_checkpoint(options: Any, defaults: Any, path: str) -> None:
         options.data.tokenizer_name_or_path = path
     if different:
         rank_zero_info(
-            f"The checkpoint decides: {', '.join(different)}. To go on from its weights with other "
-            "settings, export it and give the folder as --model.model_name_or_path."
+            f"Using settings of the checkpoint: {', '.join(different)}. To train its weights with "
+            "other settings, export it and pass the folder as --model.model_name_or_path."
         )
 
 
@@ -157,7 +154,7 @@ def _agrees(given: Any, saved: Any) -> bool:
 
 
 def main(args: Optional[Sequence[str]] = None) -> None:
-    """Run a verb; errors of values are one line and exit code 2."""
+    """Run a verb; errors of the user are printed in one line, with exit code 2."""
     words = list(sys.argv[1:] if args is None else args)
     try:
         if words and words[0] in COMMANDS:

@@ -21,6 +21,7 @@ import os
 import statistics
 from typing import Any, Callable, Dict, List, Sequence
 
+import tests_path  # noqa: F401
 from pipeline_probes import (
     Done,
     Update,

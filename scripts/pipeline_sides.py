@@ -9,6 +9,7 @@ import warnings
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import lightning.pytorch as pl
+import tests_path  # noqa: F401
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests and their ranks run side by side
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # DataLoader workers are forked
 
 from lightning_ipu_bert import BertForQuestionAnsweringModule, SquadDataModule
 from lightning_ipu_bert.data.quickstart.folder import write_quickstart
+from lightning_ipu_bert.files import built_once
 
 # Lightning keeps its lines from `caplog` unless pytest had begun to listen when it was imported.
 logging.getLogger("lightning.pytorch").propagate = True
@@ -36,15 +38,19 @@ def quiet(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory):
     """The generated corpus: train.json, validation.json and tokenizer/."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    write_quickstart(folder)
-    return folder
+    return built_once(_shared(tmp_path_factory) / "quickstart", write_quickstart)
 
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
     """A cache of features that the tests share."""
-    return str(tmp_path_factory.mktemp("cache"))
+    return str(_shared(tmp_path_factory) / "cache")
+
+
+def _shared(tmp_path_factory):
+    """A folder that all workers of pytest-xdist share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 
 
 @pytest.fixture

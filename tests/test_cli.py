@@ -5,7 +5,7 @@ import shlex
 import pytest
 import torch
 import yaml
-from score_predictions import score
+from official_scores import score
 
 from lightning_ipu_bert.cli import find_config, main, shipped_configs
 from lightning_ipu_bert.strategies.distributed.launch.launcher import ScriptLauncher

@@ -121,7 +121,7 @@ def with_sampler(loader: DataLoader[Any], sampler: Sampler[Any]) -> DataLoader[A
 
 
 def unwrapped_batch_sampler(sampler: Any) -> Any:
-    """Return the batch sampler of the user, which Lightning wraps for `predict` to record indices."""
+    """Return the batch sampler of the user, which Lightning wraps for `predict`."""
     if isinstance(sampler, _IndexBatchSamplerWrapper):
         return sampler._batch_sampler
     return sampler
@@ -205,7 +205,9 @@ def count_saved_batch(checkpoint: Dict[str, Any]) -> None:
         return
     for span in ("total", "current"):
         batches[span]["completed"] += 1
-        if batches["is_last_batch"]:  # the epoch is done except for its validation, as in newer versions
+        if batches[
+            "is_last_batch"
+        ]:  # the epoch is done except for its validation, as in newer versions
             epochs[span]["processed"] += 1
             epochs[span]["completed"] += 1
     steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]

@@ -1,1 +1,1 @@
-"""Commands: the verbs beside the Trainer's own."""
+"""Commands that are not verbs of the Trainer."""

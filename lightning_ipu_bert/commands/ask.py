@@ -1,4 +1,4 @@
-"""The verb `ask`: questions to a trained model, from the command line."""
+"""The verb `ask`: answers questions on the command line."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from lightning_ipu_bert.pipeline.rules import enforce
 
 WINDOWS_PER_BATCH = 16
 MARGIN = 200
-"""Characters of the passage that are shown on either side of the answer."""
+"""Characters of the passage shown before and after the answer."""
 
 
 def answer_questions(
     model: TrainedModel, questions: Sequence[str], context: str
 ) -> List[Dict[str, Any]]:
-    """Answer questions about one passage.
+    """Answer questions about a passage.
 
     Args:
         model: From `load_trained`.
@@ -44,7 +44,7 @@ def answer_questions(
         UserError: If the passage is empty or a question is too long.
     """
     if not context.strip():
-        raise UserError("The context is empty. Give a passage with --context or --context_file.")
+        raise UserError("The context is empty. Pass a passage with --context or --context_file.")
     asked = [Question(str(i), text, 0, ()) for i, text in enumerate(questions)]
     question_set = QuestionSet([context], asked)
     enforce(windowing_rules(model.windowing))
@@ -71,18 +71,20 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(
         "--model", required=True, help="checkpoint (.ckpt), Hugging Face folder or hub name"
     )
-    parser.add_argument("--question", nargs="+", help="one or several questions, each quoted")
+    parser.add_argument("--question", nargs="+", help="one or more questions, each quoted")
     parser.add_argument(
-        "--question_file", help="file with one question a line; - is standard input"
+        "--question_file", help="file with one question per line; - is standard input"
     )
     parser.add_argument("--context", help="the passage")
     parser.add_argument("--context_file", help="file with the passage; - is standard input")
-    parser.add_argument("--json", action="store_true", help="print a JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     options = parser.parse_args(list(args))
     questions = options.question or _read("question", options.question_file).splitlines()
     questions = [question for question in questions if question.strip()]
     if not questions:
-        raise UserError("There is no question. Give --question or a file with one a line.")
+        raise UserError(
+            "There is no question. Pass --question, or a file with one question per line."
+        )
     context = options.context or _read("context", options.context_file)
     for result in answer_questions(load_trained(options.model), questions, context):
         print(json.dumps(result, ensure_ascii=False) if options.json else _show(result, context))
@@ -91,7 +93,7 @@ def main(args: Sequence[str]) -> None:
 def _read(name: str, file: Optional[str]) -> str:
     if file is None:
         raise UserError(
-            f"There is no {name}. Give --{name} or --{name}_file (- for standard input)."
+            f"There is no {name}. Pass --{name} or --{name}_file (- for standard input)."
         )
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text("utf8")
@@ -100,7 +102,7 @@ def _read(name: str, file: Optional[str]) -> str:
 
 
 def _show(result: Dict[str, Any], context: str) -> str:
-    """Return question, answer, score and the passage with the answer marked, for people."""
+    """Return question, answer, score, and the passage with the answer highlighted."""
     start, end = result["start"], result["end"]
     lines = [
         result["question"].strip(),

@@ -1,4 +1,4 @@
-"""The verb `export`: a checkpoint becomes a Hugging Face folder, and goes to the hub on request."""
+"""The verb `export`: writes a checkpoint as a Hugging Face folder, and optionally uploads it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,22 @@ METRICS = {"exact_match": "Exact match", "f1": "F1"}
 
 
 def export(ckpt_path: str, output_dir: str, push_to_hub: Optional[str] = None) -> Path:
-    """Write a checkpoint as a folder that Hugging Face's `from_pretrained` loads.
+    """Write a checkpoint as a folder for `from_pretrained` of transformers.
 
     Args:
-        ckpt_path: Checkpoint that fit has written.
-        output_dir: New folder for the model, its tokenizer and a model card.
-        push_to_hub: Repository of the hub, e.g. me/bert-squad, to upload the folder to.
+        ckpt_path: Checkpoint written by fit.
+        output_dir: New folder for model, tokenizer and model card.
+        push_to_hub: Hub repository to upload the folder to, e.g. me/bert-squad.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: If the folder holds something, or the checkpoint cannot be loaded.
+        UserError: If the folder is not empty, or the checkpoint cannot be loaded.
     """
     folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            f"--output_dir {output_dir} holds something already. Give a new folder, or empty it."
-        )
+        raise UserError(f"--output_dir {output_dir} is not empty. Pass a new folder, or empty it.")
     model = load_trained(ckpt_path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
@@ -45,7 +43,7 @@ def export(ckpt_path: str, output_dir: str, push_to_hub: Optional[str] = None) -
         model_card(model, folder.name).save(partial / "README.md")
         if model.ipu_config is not None:
             save_ipu_config(model.ipu_config, partial)
-        os.replace(partial, folder)  # replaces an empty folder, too
+        os.replace(partial, folder)  # also replaces an empty folder
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if push_to_hub:
@@ -56,7 +54,7 @@ def export(ckpt_path: str, output_dir: str, push_to_hub: Optional[str] = None) -
 
 
 def model_card(model: TrainedModel, name: str) -> ModelCard:
-    """Return a model card with the scores that were measured with just these weights."""
+    """Return a model card with the scores of exactly these weights."""
     scores = {key.split("/")[-1]: value for key, value in model.module.scores.items()}
     measured = {key: scores[key] for key in METRICS if key in scores}
     data = ModelCardData(

@@ -1,4 +1,4 @@
-"""A trained model by whatever name it has: a checkpoint, a folder or a hub name."""
+"""Loading of trained models from a checkpoint, a folder or a hub name."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 
 
 class TrainedModel(NamedTuple):
-    """What it takes to answer questions."""
+    """A model with everything required to answer questions."""
 
     module: BertForQuestionAnsweringModule
     tokenizer: Any
     windowing: Windowing
     rules: AnswerRules
     ipu_config: Optional[IPUConfig] = None
-    """How it was trained on IPUs, if it was."""
+    """Configuration if it was trained on IPUs."""
 
 
 def load_trained(name_or_path: str) -> TrainedModel:
-    """Load a model that was trained for question answering, on the CPU.
+    """Load a model that was trained for question answering onto the CPU.
 
     Args:
         name_or_path: A ``.ckpt`` file of this package, a Hugging Face folder or a hub name.
 
     Raises:
-        UserError: If there is none, it is broken, or its head was never trained.
+        UserError: If it does not exist, cannot be loaded, or its head is not trained.
     """
     if name_or_path.endswith(".ckpt"):
         return _from_checkpoint(name_or_path)
@@ -39,7 +39,7 @@ def load_trained(name_or_path: str) -> TrainedModel:
     if not module.has_trained_head:
         raise UserError(
             f"'{name_or_path}' has no question answering head: its answers would be random. "
-            "Fine-tune it with the verb fit and give the checkpoint."
+            "Fine-tune it with the verb fit and pass the checkpoint."
         )
     max_length = min(Windowing().max_length, module.bert_config.max_position_embeddings)
     windowing = Windowing(max_length, min(Windowing().doc_stride, max_length // 3))
@@ -47,17 +47,17 @@ def load_trained(name_or_path: str) -> TrainedModel:
 
 
 def _from_checkpoint(path: str) -> TrainedModel:
-    checkpoint = read_checkpoint(path)  # refuses what is none, in one line
+    checkpoint = read_checkpoint(path)  # raises an error if it is not a checkpoint
     try:
         module = BertForQuestionAnsweringModule.load_from_checkpoint(path, map_location="cpu")
     except (RuntimeError, KeyError) as error:
         raise UserError(
             f"'{path}' is a checkpoint of another model: {str(error).splitlines()[0]} "
-            "Give one of BertForQuestionAnsweringModule."
+            "Pass one of BertForQuestionAnsweringModule."
         ) from error
     if module.tokenizer is None:
         raise UserError(
-            f"Checkpoint '{path}' holds no tokenizer: it was not trained with a SquadDataModule. "
+            f"Checkpoint '{path}' has no tokenizer: it was not trained with a SquadDataModule. "
             "Export its weights with module.to_huggingface() and add a tokenizer to the folder."
         )
     settings = module.data_settings

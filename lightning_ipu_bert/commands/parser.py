@@ -1,4 +1,4 @@
-"""Command line parsers that say what is wrong in one line."""
+"""Command line parsers with one-line errors."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ UNKNOWN = re.compile(
     r"|unrecognized arguments: --([\w.]+)",
     re.IGNORECASE,
 )
-"""What jsonargparse says of an option or a field of a config file that it does not know."""
+"""Messages of jsonargparse about unknown options and fields of config files."""
 
 
 def exit_with(message: str) -> NoReturn:
-    """Print an error in one line and end with code 2, the code of wrong usage."""
+    """Print an error in one line and exit with code 2 (wrong usage)."""
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     raise SystemExit(2)
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser, without the sixty lines of usage before each error."""
+    """LightningArgumentParser that prints errors without the usage."""
 
     verbs: Sequence[Parser] = ()
-    """The parsers of the verbs, where this one reads which verb it is."""
+    """The parsers of the verbs, if this parser selects one of them."""
 
     @override
     def error(self, message: str, ex: Optional[Exception] = None) -> NoReturn:
-        """Print the error alone, with the nearest name for a misspelled one; `--help` has the rest.
+        """Print the error without the usage, and suggest the nearest name for a misspelled one.
 
-        A class that is given by its path has a parser of its own, of its arguments.
+        A class that is selected by class_path has a separate parser for its arguments.
         """
         found = UNKNOWN.search(message)
         if found is not None:
@@ -50,5 +50,5 @@ class Parser(LightningArgumentParser):
 
 
 def command_parser(name: str, description: Optional[str]) -> Any:
-    """Return an empty parser for one of the verbs beside the Trainer's."""
+    """Return an empty parser for a verb that is not one of the Trainer."""
     return Parser(prog=f"python -m lightning_ipu_bert {name}", description=description or "")

@@ -1,10 +1,10 @@
-"""Answers: from start and end logits to text, for all questions at once.
+"""Decoding of start and end logits into answers, vectorized over questions.
 
-Each window proposes its best spans, made of its `n_best` best starts and ends among the passage's
-tokens; a question's answer is the best span over all its windows. Follows the usual procedure
-(Hugging Face's run_qa.py, after BERT's run_squad.py) as array arithmetic instead of a loop.
+The candidates of a window are the spans of its `n_best` best starts and ends among passage tokens;
+the answer to a question is the best span over all its windows. Same procedure as run_qa.py of
+Hugging Face and run_squad.py of BERT, with array arithmetic instead of loops.
 
-Letters in shapes: F windows, S sequence length, K starts (ends) tried in a window, C candidates.
+Shapes: F windows, S sequence length, K starts (ends) tried in a window, C candidates.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from lightning_ipu_bert.data.logits import FloatArray, IntArray, Logits
 from lightning_ipu_bert.data.questions import QuestionSet
 
 WINDOWS_PER_CHUNK = 1024
-"""Bounds the memory of the K x K scores."""
+"""Limits the memory of the K x K scores."""
 
 
 class AnswerRules(NamedTuple):
-    """Which spans may be an answer."""
+    """Rules for the spans that can be answers."""
 
     max_answer_length: int = 30
-    """Tokens of the longest answer."""
+    """Maximum number of tokens of an answer."""
     n_best: int = 20
-    """Starts and ends tried in a window, and candidates kept for a question."""
+    """Number of starts and ends per window, and of candidates per question."""
     version_2: bool = False
-    """Some questions have no answer: the empty text competes."""
+    """Whether the empty answer is a candidate (unanswerable questions)."""
     null_score_threshold: float = 0.0
-    """The answer is empty where its score beats the best span's by more than this (logits)."""
+    """The answer is empty if its score exceeds that of the best span by more than this (logits)."""
 
 
 class Windows(NamedTuple):
-    """Where the passage's tokens lie in the windows of a split."""
+    """Positions of passage tokens in the windows of a split."""
 
     question: IntArray
     """[F]: index of the question."""
     context_start: IntArray
     """[F]: position of the first passage token."""
     passage_counts: IntArray
-    """[F]: passage tokens."""
+    """[F]: number of passage tokens."""
     firsts: IntArray
-    """[F]: index of the window's first passage token in the two rows below."""
+    """[F]: index of the first passage token in the two arrays below."""
     char_starts: IntArray
-    """Characters of all windows' passage tokens, one window after the other."""
+    """First characters of the passage tokens of all windows, concatenated."""
     char_ends: IntArray
-    """The characters behind them."""
+    """Ends of the passage tokens of all windows (exclusive)."""
 
     @classmethod
     def of(cls, features: Any) -> Windows:
-        """Take the columns that decoding needs from a data set of features."""
+        """Return the windows of a dataset of features."""
         rows = features.data.column("offset_starts").combine_chunks()
         counts = np.asarray(rows.value_lengths().to_numpy(zero_copy_only=False), np.int64)
         return cls(
@@ -69,21 +69,21 @@ class Windows(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """The candidates of every question, best first, question by question."""
+    """The candidates of every question, best first, concatenated over questions."""
 
     question: IntArray
     """[C]: index of the question."""
     char_start: IntArray
     """[C]: first character in the passage."""
     char_end: IntArray
-    """[C]: character behind the last; equal to `char_start` for the empty answer."""
+    """[C]: end in the passage (exclusive); equal to `char_start` for the empty answer."""
     score: FloatArray
     """[C]: sum of start and end logit."""
     probability: FloatArray
     """[C]: softmax of the scores over the question's candidates."""
 
     def texts(self, question_set: QuestionSet) -> Dict[str, str]:
-        """Return the best answer of each question under its id: what the official script scores."""
+        """Return the best answer by question id, as scored by the official script."""
         best = np.unique(self.question, return_index=True)[1]
         columns = (self.question[best], self.char_start[best], self.char_end[best])
         result: Dict[str, str] = {}
@@ -93,7 +93,7 @@ class Answers(NamedTuple):
         return result
 
     def n_best(self, question_set: QuestionSet) -> Dict[str, List[Dict[str, Any]]]:
-        """Return each question's candidates under its id, with score, probability and place."""
+        """Return the candidates by question id, with score, probability, start and end."""
         firsts, counts = np.unique(self.question, return_index=True, return_counts=True)[1:]
         rows = zip(*(column.tolist() for column in self[1:]))
         result: Dict[str, List[Dict[str, Any]]] = {}
@@ -108,16 +108,16 @@ class Answers(NamedTuple):
 
 
 def decode(logits: Logits, windows: Windows, rules: AnswerRules) -> Answers:
-    """Turn logits into ranked answers, all windows of a question merged.
+    """Decode logits into ranked answers, over all windows of a question.
 
     Args:
-        logits: Start and end logits of windows, sorted by feature; other windows are left out.
-        windows: Geometry of the split's windows.
-        rules: Which spans may be an answer.
+        logits: Start and end logits of windows, sorted by feature; windows may be missing.
+        windows: The windows of the split.
+        rules: Rules for answers.
 
     Returns:
         Up to `n_best` candidates of each question that has a window in `logits`, and with
-        `version_2` the empty one besides; only the empty one where no span is allowed.
+        `version_2` the empty answer; only the empty answer if no span is valid.
 
     Source:
         Null answer: Devlin et al., BERT (arXiv:1810.04805), section 4.3; its score is the minimum
@@ -147,9 +147,9 @@ def _window_candidates(logits: Logits, windows: Windows, rules: AnswerRules) -> 
     """Return the best spans of every window."""
     rows = logits.features
     first = windows.context_start[rows].astype(np.int16)[:, None]
-    behind = first + windows.passage_counts[rows].astype(np.int16)[:, None]
+    last = first + windows.passage_counts[rows].astype(np.int16)[:, None]
     position = np.arange(logits.starts.shape[1], dtype=np.int16)
-    in_passage = (position >= first) & (position < behind)
+    in_passage = (position >= first) & (position < last)
     start_score, start = _top(np.where(in_passage, logits.starts, -np.inf), rules.n_best)
     end_score, end = _top(np.where(in_passage, logits.ends, -np.inf), rules.n_best)
 
@@ -174,14 +174,14 @@ def _window_candidates(logits: Logits, windows: Windows, rules: AnswerRules) -> 
 
 
 def _top(values: npt.NDArray[Any], count: int) -> Tuple[FloatArray, IntArray]:
-    """Return the `count` largest numbers of each row, largest first, and where they stand."""
+    """Return the `count` largest values of each row in descending order, and their indices."""
     array = torch.from_numpy(np.ascontiguousarray(values, np.float32))
     top = torch.topk(array, min(count, array.shape[1]), dim=1)
     return top.values.numpy(), top.indices.numpy().astype(np.int16)
 
 
 def _empty_answers(logits: Logits, windows: Windows) -> _Candidates:
-    """Return the empty answer of every question: it scores the lowest [CLS] over the windows."""
+    """Return the empty answers; their score is the minimum of [CLS] over the windows."""
     asked, group = np.unique(windows.question[logits.features], return_inverse=True)
     null = np.full(len(asked), np.inf, np.float32)
     if len(asked):
@@ -191,19 +191,19 @@ def _empty_answers(logits: Logits, windows: Windows) -> _Candidates:
 
 
 def _sort_key(question: IntArray, worth: FloatArray) -> IntArray:
-    """Return one integer that orders by question, then by falling worth.
+    """Return an integer key that sorts by question, then by descending worth.
 
-    The same as `np.lexsort((-worth, question))`, in a tenth of the time: candidates come almost in
-    order, and a stable sort makes use of that, but only if the first key is not the random one.
+    Equivalent to `np.lexsort((-worth, question))` in a tenth of the time: candidates are almost
+    sorted by question, which a stable sort with a single key exploits.
     """
     bits = (-worth).view(np.int32)  # IEEE 754: ordered as integers, the negative ones backwards
     return (question << 32) + (bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 def _rank(candidates: _Candidates, rules: AnswerRules) -> Answers:
-    """Sort every question's candidates, cut them to `n_best`, and give them probabilities."""
+    """Sort the candidates of every question, keep `n_best`, and compute probabilities."""
     empty = candidates.char_start == candidates.char_end
-    # Without version_2 the empty answer is the last resort, where no span is allowed at all.
+    # Without version_2 the empty answer is used only if no span is valid.
     handicap = np.float32(rules.null_score_threshold if rules.version_2 else np.inf)
     worth = candidates.score - np.where(empty, handicap, np.float32(0))
     order = np.argsort(_sort_key(candidates.question, worth), kind="stable")

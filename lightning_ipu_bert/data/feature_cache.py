@@ -1,7 +1,7 @@
-"""The features of a split on disk: built once, memory-mapped by every run that follows.
+"""Cache of features on disk: built once, memory-mapped by later runs.
 
-A cache is a `datasets.Dataset` folder named by the hash of everything that shapes a feature. A
-killed run leaves no broken one, and of two processes one builds while the other waits.
+An entry is the folder of a `datasets.Dataset`, named by the hash of all inputs of features. Entries
+are written atomically; concurrent processes wait for the one that builds an entry.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ ROW_LENGTHS = {
     "offset_starts": "passage_counts",
     "offset_ends": "passage_counts",
 }
-"""Columns that hold a row of numbers per feature, with the column of the rows' lengths."""
+"""List columns of features: the column with the lengths of their rows."""
 
 SCALARS = ("start_positions", "end_positions", "question", "context_start")
-"""Columns that hold one number per feature; `feature`, its index, is added when all are built."""
+"""Scalar columns of features; the index `feature` is added at the end."""
 
 
 def default_cache_dir() -> Path:
-    """Return the user's cache folder for features: $XDG_CACHE_HOME or ~/.cache."""
+    """Return the default cache folder: in $XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "lightning_ipu_bert"
 
@@ -51,14 +51,14 @@ def cached_features(
     cache_dir: Optional[Path] = None,
     description: str = "Features",
 ) -> Dataset:
-    """Return the features of a split, from the cache or freshly built into it.
+    """Return the features of a split from the cache, which is built if necessary.
 
     Args:
         question_set: The questions of the split.
         tokenizer: A fast tokenizer of transformers with BERT's pair template.
-        windowing: How passages are cut.
-        cache_dir: Folder that holds all caches.
-        description: What the progress bar says.
+        windowing: How passages are split into windows.
+        cache_dir: Cache folder.
+        description: Description of the progress bar.
 
     Returns:
         One row per feature with ``input_ids``, ``token_type_ids``, ``start_positions``,
@@ -66,7 +66,7 @@ def cached_features(
         ``offset_starts``, ``offset_ends`` (see `features.build_features`) and ``feature``, the row.
 
     Raises:
-        UserError: If window and stride do not fit, or a question is too long for the window.
+        UserError: If the stride does not fit the windows, or a question is too long.
     """
     from datasets import load_from_disk
 
@@ -83,9 +83,9 @@ def cached_features(
 
 
 def cache_key(question_set: QuestionSet, tokenizer: Any, windowing: Windowing) -> str:
-    """Return the hash of everything that shapes a feature: data, tokenizer, lengths and code.
+    """Return the hash of all inputs of features: data, tokenizer, window lengths and code.
 
-    And of the library's version: an older one cannot read what a newer one has written.
+    It includes the version of `datasets`, of which older ones cannot read files of newer ones.
     """
     import datasets
 
@@ -99,7 +99,7 @@ def cache_key(question_set: QuestionSet, tokenizer: Any, windowing: Windowing) -
 
 
 def flat_column(dataset: Dataset, name: str) -> npt.NDArray[np.int64]:
-    """Return a column as one array; rows of a list column follow each other without a gap."""
+    """Return a column as a flat array; rows of list columns are concatenated."""
     column = dataset.data.column(name).combine_chunks()
     values = column.flatten() if name in ROW_LENGTHS else column
     return np.asarray(values.to_numpy(zero_copy_only=False), np.int64)
@@ -111,7 +111,7 @@ def build_dataset(
     windowing: Windowing,
     description: Optional[str] = None,
 ) -> Dataset:
-    """Build the features of a split in memory, with a progress bar if it has a description."""
+    """Build the features of a split in memory, with a progress bar if `description` is given."""
     import pyarrow
     from datasets import Dataset
     from tqdm.auto import tqdm

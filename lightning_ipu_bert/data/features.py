@@ -1,13 +1,13 @@
-"""Features: tokenised windows over question and passage, with the answer as a token span.
+"""Features: tokenized windows over question and passage, with the answer as a token span.
 
     [CLS] question [SEP] first part of the passage  [SEP]
     [CLS] question [SEP]          next part of the passage [SEP]      <- overlaps by doc_stride
 
-Passages and questions are tokenised once each, and the windows are then put together by index
-arithmetic over whole chunks; the usual way tokenises a passage anew for each of its questions and
-walks over its characters in Python.
+Passages and questions are tokenized once each, and windows are assembled by index arithmetic on
+chunks; the common implementation tokenizes a passage again for each of its questions and loops over
+its characters in Python.
 
-Letters in shapes: Q questions, P passages, F features (windows), T tokens of all of them in a row.
+Shapes: Q questions, P passages, F features (windows), T tokens of all texts.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from lightning_ipu_bert.data.tokenized import (
 from lightning_ipu_bert.errors import UserError
 
 QUESTIONS_PER_CHUNK = 4096
-"""Bounds the memory of one chunk to some hundred megabytes and moves the progress bar often."""
+"""Limits the memory of a chunk to a few hundred megabytes."""
 
 
 class TokenSpans(NamedTuple):
-    """Where answers stand in the tokens of their whole passage, -1 where there is none; each [Q].
+    """Token spans of answers in their passages, -1 without an answer; each [Q].
 
-    The first character of the answer lies in the tokens ``start_low..start_high``, the last one in
-    ``end_low..end_high``. Low and high differ only where one character became several tokens.
+    The first character of the answer is in the tokens ``start_low..start_high``, the last one in
+    ``end_low..end_high``. Low and high differ only if one character is in several tokens.
     """
 
     start_low: IntArray
@@ -48,15 +48,15 @@ class TokenSpans(NamedTuple):
 def features_in_chunks(
     question_set: QuestionSet, tokenizer: Any, windowing: Windowing
 ) -> Iterator[Tuple[int, Dict[str, Any]]]:
-    """Yield the features of a split, some thousand questions at a time.
+    """Yield the features of a split, in chunks of questions.
 
     Args:
-        question_set: The questions, in the order in which features come out.
+        question_set: The questions; features have the same order.
         tokenizer: A fast tokenizer of transformers with BERT's pair template.
-        windowing: How passages are cut.
+        windowing: How passages are split into windows.
 
     Yields:
-        The number of questions just done and their features by column: see `build_features`.
+        The number of questions of a chunk and their features by column: see `build_features`.
 
     Raises:
         UserError: If a question is too long for the window.
@@ -82,8 +82,8 @@ def _check_lengths(
     if (passage == 0).any():
         q = int(np.flatnonzero(passage == 0)[0])
         raise UserError(
-            f"The context of question '{questions[q].id}' has no character that the tokenizer "
-            "knows. Every question needs a passage: correct it or remove the question."
+            f"The context of question '{questions[q].id}' has no character in the vocabulary of "
+            "the tokenizer. Every question needs a passage: fix it or remove the question."
         )
     room = windowing.max_length - SPECIAL_TOKENS - asked  # [Q] for passage tokens in a window
     stuck = (room < 1) | ((passage > room) & (room <= windowing.doc_stride))
@@ -101,16 +101,16 @@ def _check_lengths(
 def answer_token_spans(
     questions: Sequence[Question], passages: TokenizedTexts, passage_of: IntArray
 ) -> TokenSpans:
-    """Find the tokens that hold the first and the last character of every first answer.
+    """Return the tokens of the first and last character of the first answer of every question.
 
-    White space and characters that the tokenizer drops belong to no token; the answer begins and
-    ends at its outermost characters that do. Tokens count from the start of their passage.
+    White space and characters that the tokenizer drops are in no token; the answer starts and ends
+    at its outermost characters that are. Token indices are relative to the passage.
     """
     answered = np.array([bool(q.answers) for q in questions])
     first_char = np.array([q.answers[0].start if q.answers else 0 for q in questions], np.int64)
     length = np.array([len(q.answers[0].text) if q.answers else 1 for q in questions], np.int64)
 
-    # One search serves all passages: give each a range of characters of its own, far from others.
+    # A single search for all passages: shift each to a separate range of characters.
     gap = int(max(passages.char_ends.max(initial=0), (first_char + length).max(initial=0))) + 1
     shift = np.arange(len(passages.counts)) * gap
     starts = passages.char_starts + np.repeat(shift, passages.counts)
@@ -118,7 +118,7 @@ def answer_token_spans(
     begin = first_char + shift[passage_of]
     last = begin + length - 1
 
-    # First token that ends behind `begin`, and last token that starts no later than `last`.
+    # First token that ends after `begin`, and last token that starts no later than `last`.
     entry = np.minimum(np.searchsorted(ends, begin, "right"), len(ends) - 1)
     leave = np.maximum(np.searchsorted(starts, last, "right") - 1, 0)
     begin = np.maximum(begin, starts[entry])
@@ -144,24 +144,24 @@ def build_features(
     special: Tuple[int, int],
     first_question: int = 0,
 ) -> Dict[str, Any]:
-    """Cut passages into windows behind their questions, for a chunk of questions at once.
+    """Split passages into windows after their questions, for a chunk of questions.
 
     Args:
-        asked: The questions' tokens.
-        passages: The passages' tokens.
-        passage_of: [Q], index of each question's passage.
-        spans: Tokens of each question's answer in the whole passage.
-        windowing: How passages are cut.
+        asked: Tokens of the questions.
+        passages: Tokens of the passages.
+        passage_of: [Q], index of the passage of each question.
+        spans: Token spans of the answers in their passages.
+        windowing: How passages are split into windows.
         special: Token ids of [CLS] and [SEP].
-        first_question: Index of the chunk's first question in its split.
+        first_question: Index in the split of the first question of the chunk.
 
     Returns:
-        One entry per feature and column. ``counts`` [F] holds the lengths of the rows of
+        Columns of features. ``counts`` [F] are the lengths of the rows of
         ``input_ids`` and ``token_type_ids`` (flat, [T]); ``passage_counts`` [F] those of
-        ``offset_starts`` and ``offset_ends`` (characters of the window's passage tokens). The rest
-        is [F]: ``question`` (index in the split), ``context_start`` (position of the first passage
+        ``offset_starts`` and ``offset_ends`` (characters of the passage tokens). The other columns
+        are [F]: ``question`` (index in the split), ``context_start`` (position of the first passage
         token), ``start_positions`` and ``end_positions`` (first and last token of the answer, or 0,
-        [CLS], where the window does not hold it).
+        [CLS], if it is not in the window).
     """
     room = windowing.max_length - SPECIAL_TOKENS - asked.counts  # [Q]
     length = passages.counts[passage_of]  # [Q]
@@ -174,7 +174,7 @@ def build_features(
     context_start = asked.counts[question] + 2
     counts = context_start + (upper - lower) + 1
 
-    row = starts_of(counts)  # [F] where each feature begins in the flat row
+    row = starts_of(counts)  # [F] start of each feature in the flat array
     ids = np.full(int(counts.sum()), special[1])
     ids[row] = special[0]
     ids[ranges(row + 1, asked.counts[question])] = asked.ids[
@@ -204,17 +204,17 @@ def build_features(
 def smallest_spans(
     spans: TokenSpans, question: IntArray, lower: IntArray, upper: IntArray
 ) -> Tuple[IntArray, IntArray]:
-    """Choose, in every window, the fewest tokens that cover the answer.
+    """Return the smallest token span that covers the answer, for every window.
 
     Args:
-        spans: Tokens of the answers, per question.
-        question: [F], question of each window.
-        lower: [F], first passage token of each window.
-        upper: [F], passage token behind its last.
+        spans: Token spans of the answers.
+        question: [F], index of the question.
+        lower: [F], first passage token of the window.
+        upper: [F], end of its passage tokens (exclusive).
 
     Returns:
-        First and last token of the span, counted in the passage; both [F], -1 where the window
-        does not hold the whole answer.
+        First and last token of the span in the passage; both [F], -1 if the window does not contain
+        the complete answer.
     """
     start = np.minimum(spans.start_high[question], upper - 1)
     end = np.maximum(spans.end_low[question], lower)
@@ -222,6 +222,6 @@ def smallest_spans(
         end <= np.minimum(spans.end_high[question], upper - 1)
     )
     held &= spans.start_low[question] >= 0
-    # Where one character became several tokens the two may cross: one token covers it all.
+    # If one character is in several tokens the two may cross: one token covers it.
     start = np.minimum(start, end)
     return np.where(held, start, -1), np.where(held, end, -1)

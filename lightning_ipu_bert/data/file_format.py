@@ -1,4 +1,4 @@
-"""What a file format is; the formats themselves are in `formats/`, one file each."""
+"""`FileFormat`; the formats are in `formats/`, one module each."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from lightning_ipu_bert.data.records import Record
 
 
 class FileFormat(NamedTuple):
-    """A way to read questions from a file."""
+    """A format of files with questions."""
 
     suffixes: Tuple[str, ...]
-    """Ends of the names of its files, with the dot and in lower case, e.g. ``(".json",)``."""
+    """Suffixes of file names in lower case, e.g. ``(".json",)``."""
     records: Callable[[str], Iterator[Record]]
-    """Yields the questions of the file at a path; raises UserError where it is not such a file."""
+    """Yields the questions of a file; raises UserError if it is invalid."""

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, and local folders of the same form."""
+"""Datasets from the Hugging Face hub, or local folders in the same format."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from lightning_ipu_bert.errors import UserError
 
 
 def records(name: str, config: Optional[str], split: str) -> Iterator[Record]:
-    """Yield the questions of a data set with SQuAD's columns, through `datasets.load_dataset`.
+    """Yield the questions of a dataset with the columns of SQuAD, using `datasets.load_dataset`.
 
     Args:
         name: Hub name or local folder, e.g. ``squad`` or ``squad_v2``.
-        config: Configuration of the data set, if it has several.
-        split: Split of the data set, e.g. ``validation``.
+        config: Configuration of the dataset, if it has several.
+        split: Split of the dataset, e.g. ``validation``.
 
     Raises:
-        UserError: If data set or split are unknown, or a column is missing.
+        UserError: If the dataset or split is unknown, or a column is missing.
     """
     dataset = _load_hub(name, config, split)
     missing = [c for c in ("id", "question", "context") if c not in dataset.column_names]
     if missing:
         raise UserError(
-            f"Data set '{name}' lacks the columns {missing}; it has {dataset.column_names}. "
-            "Give one with SQuAD's columns: id, question, context, answers."
+            f"Dataset '{name}' lacks the columns {missing}; it has {dataset.column_names}. "
+            "Use one with the columns of SQuAD: id, question, context, answers."
         )
     for row, item in enumerate(dataset):
         answers = item.get("answers")
@@ -41,8 +41,8 @@ def _load_hub(name: str, config: Optional[str], split: str) -> Any:
     splits = _explained(name, lambda: datasets.get_dataset_split_names(name, config))
     if split not in splits:
         raise UserError(
-            f"Data set '{name}' has no split '{split}'; it has {sorted(splits)}. "
-            "Name one of them, e.g. --data.train_split."
+            f"Dataset '{name}' has no split '{split}'; it has {sorted(splits)}. "
+            "Select one of them, e.g. by --data.train_split."
         )
     return _explained(name, lambda: datasets.load_dataset(name, config, split=split))
 
@@ -51,9 +51,9 @@ def _explained(name: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (OSError, ValueError) as error:
-        # `datasets` has a family of errors for one cause; its own first line says which.
+        # `datasets` raises various errors for the same cause; the first line has the reason.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"Data set '{name}' cannot be loaded: {reason} Check the name, or give files with "
+            f"Dataset '{name}' cannot be loaded: {reason} Check the name, or pass files with "
             "--data.train_file and --data.validation_file."
         ) from error

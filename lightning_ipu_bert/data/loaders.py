@@ -1,4 +1,4 @@
-"""Batches: which features stand in which one, padded; and an order that a resumed run continues."""
+"""Collation, order and resumable loading of features."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing_extensions import override
 
 
 class Collator:
-    """Pads features to one length and stacks them.
+    """Pads and stacks features.
 
-    Gives ``input_ids``, ``attention_mask`` and ``token_type_ids`` [B, S], and ``start_positions``,
+    Returns ``input_ids``, ``attention_mask``, ``token_type_ids`` [B, S], and ``start_positions``,
     ``end_positions`` and ``feature`` (its index in the split) [B], all int64.
     """
 
@@ -23,14 +23,14 @@ class Collator:
         """Create a collator.
 
         Args:
-            pad_token_id: Token id behind the end of shorter features.
-            length: Tokens of every batch; the longest feature of each batch where None.
+            pad_token_id: Token id of the padding.
+            length: Length of every batch; None pads to the longest feature of each batch.
         """
         self.pad_token_id = pad_token_id
         self.length = length
 
     def __call__(self, features: Sequence[Dict[str, Any]]) -> Dict[str, Tensor]:
-        """Make a batch of rows of a features data set."""
+        """Return a batch of rows of a dataset of features."""
         input_ids = self._stack([f["input_ids"] for f in features], self.pad_token_id)
         counts = torch.tensor([len(f["input_ids"]) for f in features])
         batch = {
@@ -49,10 +49,9 @@ class Collator:
 
 
 class TrainingSampler(DistributedSampler):  # type: ignore[type-arg]  # not generic in torch 2.0
-    """The order of an epoch's features: shuffled by seed and epoch, alike lengths side by side.
+    """Draws the features of an epoch, shuffled by seed and epoch, optionally grouped by length.
 
-    As a `DistributedSampler` it knows its share of the features in data-parallel runs, gets the
-    epoch from Lightning, and is left in place by it.
+    It is a `DistributedSampler`, so that Lightning sets its epoch and does not replace it.
     """
 
     def __init__(
@@ -67,13 +66,13 @@ class TrainingSampler(DistributedSampler):  # type: ignore[type-arg]  # not gene
         """Create a sampler.
 
         Args:
-            lengths: Tokens of every feature.
-            batch_size: Features of a batch on one replica.
-            group_by_length: Keep features of alike length together, to save padding: within 50
-                global batches they stand in order of length.
-            num_replicas: Replicas that share the features.
-            rank: This replica.
-            seed: The same seed gives the same order on every replica.
+            lengths: Number of tokens of every feature.
+            batch_size: Batch size of a replica.
+            group_by_length: Group features of similar length to reduce padding: within 50 global
+                batches they are sorted by length.
+            num_replicas: Number of replicas over which features are sharded.
+            rank: Index of this replica.
+            seed: Seed of the order; must be equal on all replicas.
         """
         super().__init__(lengths, num_replicas, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         self.lengths = lengths
@@ -82,12 +81,12 @@ class TrainingSampler(DistributedSampler):  # type: ignore[type-arg]  # not gene
         self.skipped = 0
 
     def skip(self, count: int) -> None:
-        """Leave out the first features of the next epoch that is drawn."""
+        """Skip the first features of the next epoch."""
         self.skipped = count
 
     @override
     def __iter__(self) -> Iterator[int]:
-        """Draw this replica's features of the epoch."""
+        """Yield the features of this replica for the epoch."""
         generator = torch.Generator()
         generator.manual_seed(self.seed + self.epoch)
         if self.group_by_length:
@@ -96,15 +95,15 @@ class TrainingSampler(DistributedSampler):  # type: ignore[type-arg]  # not gene
         else:
             order = torch.randperm(len(self.lengths), generator=generator).tolist()
         rounds = -(-self.total_size // len(order))
-        order = (order * rounds)[: self.total_size]  # the same number for every replica
+        order = (order * rounds)[: self.total_size]  # the same number on every replica
         first, self.skipped = self.skipped, 0
         return iter(order[self.rank :: self.num_replicas][first:])
 
 
 class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]  # not generic at run time
-    """A loader that can go on in the middle of an epoch.
+    """A stateful loader, which can resume in the middle of an epoch.
 
-    Lightning saves the `state_dict` of such loaders in its checkpoints and loads it on resuming.
+    Lightning saves the `state_dict` of such loaders in checkpoints and loads it when resuming.
     """
 
     _epoch: int = 0
@@ -113,7 +112,7 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]  # not generic 
 
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield the batches of the epoch, less those that were done before the run was resumed."""
+        """Yield the batches of the epoch, without those before the point of resumption."""
         sampler = self.sampler
         self._epoch = sampler.epoch if isinstance(sampler, DistributedSampler) else 0
         self._batches = 0
@@ -127,9 +126,9 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]  # not generic 
             yield batch
 
     def state_dict(self) -> Dict[str, int]:
-        """Return the epoch and how many of its batches were handed out."""
+        """Return the epoch and the number of its batches that were yielded."""
         return {"epoch": self._epoch, "batches": self._batches}
 
     def load_state_dict(self, state: Dict[str, int]) -> None:
-        """Let the next epoch that is drawn go on where `state` was taken, if it is the same."""
+        """Resume from `state` in the next iteration, if it is for the same epoch."""
         self._resume_from = dict(state)

@@ -1,6 +1,6 @@
-"""Logits: what a model says of windows, collected from batches of different length.
+"""Logits of windows, collected from batches of different length.
 
-Letters in shapes: F windows, S sequence length, B windows of a batch.
+Shapes: F windows, S sequence length, B windows of a batch.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class Logits(NamedTuple):
-    """What a model says of some windows, in any order."""
+    """Logits of windows, in any order."""
 
     features: IntArray
-    """[F]: index of each window's feature."""
+    """[F]: index of the feature."""
     starts: FloatArray
     """[F, S]"""
     ends: FloatArray
     """[F, S]"""
 
-    def part(self, first: int, behind: int) -> Logits:
-        """Return the windows `first` to `behind` - 1."""
-        rows = slice(first, behind)
+    def part(self, first: int, end: int) -> Logits:
+        """Return the windows `first` to `end` - 1."""
+        rows = slice(first, end)
         return Logits(self.features[rows], self.starts[rows], self.ends[rows])
 
 
 def join_logits(parts: Iterable[Tuple[Any, Any, Any]]) -> Logits:
-    """Put the logits of batches of different length into one array, each window once.
+    """Join the logits of batches of different length, without duplicate windows.
 
     Args:
-        parts: Feature indices [B], start logits [B, S] and end logits [B, S] of each batch. A
-            window that came twice (samplers of several processes repeat some) counts once.
+        parts: Feature indices [B], start logits [B, S] and end logits [B, S] of each batch.
+            Windows that are repeated by distributed samplers are used once.
     """
     batches = [tuple(np.asarray(x) for x in part) for part in parts]
     width = max((starts.shape[1] for _, starts, _ in batches), default=0)

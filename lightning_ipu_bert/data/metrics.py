@@ -10,18 +10,18 @@ from lightning_ipu_bert.data.questions import QuestionSet
 
 
 def squad_scores(question_set: QuestionSet, texts: Dict[str, str]) -> Dict[str, float]:
-    """Score one answer per question, by torchmetrics' reading of the official script.
+    """Compute exact match and F1 with torchmetrics, as defined by the official script.
 
     Args:
-        question_set: Questions with their right answers; those without a prediction do not count.
-        texts: The predicted answer under each question's id.
+        question_set: Questions with their answers; those without a prediction are not counted.
+        texts: Predicted answers by question id.
 
     Returns:
         ``exact_match`` and ``f1``, in percent.
     """
     asked = [q for q in question_set.questions if q.id in texts]
     predictions: List[Any] = [{"id": q.id, "prediction_text": texts[q.id]} for q in asked]
-    # torchmetrics takes no empty list: a question without an answer is answered by the empty text.
+    # torchmetrics rejects empty lists: the answer to unanswerable questions is the empty text.
     targets: List[Any] = [
         {
             "id": q.id,
@@ -32,7 +32,7 @@ def squad_scores(question_set: QuestionSet, texts: Dict[str, str]) -> Dict[str, 
         }
         for q in asked
     ]
-    # Every process holds all predictions, so that nothing is left to synchronise.
+    # Every process holds all predictions, so there is nothing to synchronize.
     metric = SQuAD(sync_on_compute=False)
     metric.update(predictions, targets)
     return {name: float(value) for name, value in metric.compute().items()}

@@ -1,4 +1,4 @@
-"""Questions with their passages and answers: what every reader gives, free of any file format."""
+"""Questions with passages and answers, independent of the file format."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import List, Tuple
 
 @dataclass(frozen=True)
 class Answer:
-    """A stretch of the passage."""
+    """An answer, as a span of the passage."""
 
     text: str
-    """The characters of the answer, as they stand in the passage."""
+    """Text of the answer, as in the passage."""
     start: int
     """Index of the first character in the passage."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one passage, with all the answers that count as right."""
+    """A question about a passage, with all correct answers."""
 
     id: str
-    """Unique in its split; predictions are filed under it."""
+    """Unique within the split; the key of predictions."""
     text: str
-    """The question as it was asked."""
+    """Text of the question."""
     passage: int
     """Index into `QuestionSet.passages`."""
     answers: Tuple[Answer, ...]
-    """Empty if the passage does not answer the question (SQuAD v2.0), or none is known."""
+    """Empty if the question is unanswerable (SQuAD v2.0), or the answers are unknown."""
 
 
 @dataclass
 class QuestionSet:
     """The questions of one split.
 
-    A passage is stored once, however many questions it has: it is tokenised once, too.
+    A passage with several questions is stored and tokenized once.
     """
 
     passages: List[str] = field(default_factory=list)
@@ -44,11 +44,11 @@ class QuestionSet:
     """In file order."""
 
     def passage_of(self, question: Question) -> str:
-        """Return the text that answers `question`."""
+        """Return the passage of a question."""
         return self.passages[question.passage]
 
     def digest(self) -> str:
-        """Return a SHA-256 over everything in here that shapes a feature."""
+        """Return a SHA-256 of all contents that affect features."""
         sha = hashlib.sha256()
         for passage in self.passages:
             sha.update(passage.encode("utf8", "surrogatepass") + b"\0")

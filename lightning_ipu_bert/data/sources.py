@@ -1,4 +1,4 @@
-"""Sources: where the questions of each split come from."""
+"""Sources of the questions of each split."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from lightning_ipu_bert.errors import UserError
 
 
 class Sources(NamedTuple):
-    """Files and data sets by split: a split is read from its files, or else from the data set."""
+    """Files and dataset of all splits; files take precedence."""
 
     files: Mapping[str, Tuple[str, ...]]
-    """Paths of the files of every split; empty where it has none."""
+    """Paths of the files of every split; may be empty."""
     dataset_name: Optional[str]
-    """Hub name or folder of a data set, or 'quickstart'."""
+    """Hub name or folder of a dataset, or 'quickstart'."""
     dataset_config_name: Optional[str]
     hub_splits: Mapping[str, str]
-    """Name in the data set of every split."""
+    """Name in the dataset of every split."""
     cache_dir: Path
-    """Where the quickstart's folder is kept."""
+    """Folder of the quickstart dataset."""
 
     def has(self, split: str) -> bool:
-        """Return whether a file or a data set is given for a split."""
+        """Return whether there are files or a dataset for a split."""
         return bool(self.files[split] or self.dataset_name)
 
     @property
     def tokenizer(self) -> Optional[str]:
-        """The tokenizer that comes with the data, if one does."""
+        """The tokenizer of the dataset, or None."""
         if self.dataset_name != NAME:
             return None
         return str(quickstart_folder(self.cache_dir) / "tokenizer")
@@ -41,7 +41,7 @@ class Sources(NamedTuple):
         """Read the questions of a split.
 
         Raises:
-            UserError: If there are none, or they break a rule.
+            UserError: If there is no data, or it is invalid.
         """
         if self.files[split]:
             return read_files(self.files[split], rules)
@@ -52,6 +52,6 @@ class Sources(NamedTuple):
             name, config = self.dataset_name, self.dataset_config_name
             return collect(hub.records(name, config, self.hub_splits[split]), rules)
         raise UserError(
-            f"There are no data for the split '{split}'. Give --data.{split}_file or "
-            f"--data.dataset_name, or run --config quickstart.yaml, which needs none."
+            f"There is no data for the split '{split}'. Pass --data.{split}_file or "
+            f"--data.dataset_name, or use --config quickstart.yaml, which needs no files."
         )

@@ -1,4 +1,4 @@
-"""Splits: questions and features of 'train', 'validation', 'test' and 'predict', read once each."""
+"""Splits: questions and features of 'train', 'validation', 'test' and 'predict', read lazily."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPLITS_OF = {
 
 
 class Split(NamedTuple):
-    """One split, ready for use."""
+    """Questions and features of a split."""
 
     question_set: QuestionSet
     features: Any
@@ -32,18 +32,18 @@ class Split(NamedTuple):
 
 
 class Splits:
-    """Reads a split, and the tokenizer, when it is first asked for."""
+    """Reads splits and the tokenizer lazily, on first access."""
 
     def __init__(
         self, sources: Sources, windowing: Windowing, tokenizer: Optional[str], rules: Rules
     ) -> None:
-        """Create the splits; nothing is read.
+        """Create the splits without reading them.
 
         Args:
-            sources: Where the questions come from.
-            windowing: How passages are cut.
-            tokenizer: Folder, hub name or checkpoint; that of the sources where None.
-            rules: What questions must fulfil; those to predict need no answers.
+            sources: Sources of the questions.
+            windowing: How passages are split into windows.
+            tokenizer: Folder, hub name or checkpoint; None uses the tokenizer of the dataset.
+            rules: Rules for questions; those to predict need no answers.
         """
         self.sources = sources
         self.windowing = windowing
@@ -58,20 +58,20 @@ class Splits:
         """The tokenizer.
 
         Raises:
-            UserError: If none is given, or it cannot be loaded.
+            UserError: If none is set, or it cannot be loaded.
         """
         if self._tokenizer is None:
             name = self._tokenizer_name or self.sources.tokenizer
             if name is None:
                 raise UserError(
-                    "No tokenizer is known. Give --data.tokenizer_name_or_path, or a model by "
-                    "--model.model_name_or_path, whose tokenizer is then used."
+                    "There is no tokenizer. Set --data.tokenizer_name_or_path, or "
+                    "--model.model_name_or_path, whose tokenizer is used by default."
                 )
             self._tokenizer = load_tokenizer(name)
         return self._tokenizer
 
     def needed(self, verb: str) -> List[str]:
-        """Return the names of the splits that a verb reads: validation is optional in fit."""
+        """Return the splits that a verb reads; validation is optional in fit."""
         optional = ["validation"] if verb == "fit" else []
         return [n for n in SPLITS_OF[verb] if self.sources.has(n) or n not in optional]
 
@@ -79,7 +79,7 @@ class Splits:
         """Return the questions of a split.
 
         Raises:
-            UserError: If there are no such data, or they break a rule.
+            UserError: If there is no such data, or it is invalid.
         """
         if name not in self._question_sets:
             rules = self.rules._replace(answers_required=name != "predict")
@@ -87,7 +87,7 @@ class Splits:
         return self._question_sets[name]
 
     def features(self, name: str) -> Split:
-        """Return a split with its features, from the cache or freshly built into it.
+        """Return a split with its features, which are cached on disk.
 
         Raises:
             UserError: As `questions` and `cached_features`.

@@ -1,4 +1,4 @@
-"""`SquadDataModule`: SQuAD files or hub data sets as batches of features for Lightning."""
+"""`SquadDataModule`: SQuAD files or hub datasets as batches of features."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Files = Union[str, List[str], None]
 
 
 class SquadDataModule(pl.LightningDataModule):
-    """Questions on passages, as windows of tokens, from SQuAD files or the Hugging Face hub."""
+    """LightningDataModule for SQuAD: questions and passages as windows of tokens."""
 
     def __init__(
         self,
@@ -56,41 +56,42 @@ class SquadDataModule(pl.LightningDataModule):
         skip_misplaced_answers: bool = False,
         cache_dir: Optional[str] = None,
     ) -> None:
-        """Create the data module; nothing is read before the Trainer asks for it.
+        """Create the data module; files are read lazily.
 
         Args:
-            train_file: File or files in SQuAD's JSON format (v1.1 or v2.0) to train on.
-            validation_file: File or files to evaluate on during and after training.
-            test_file: File or files for the verb test.
-            predict_file: File or files for the verb predict; they need no answers.
-            dataset_name: Data set of the hub, or a folder, with SQuAD's columns, for every split
-                that has no file. 'quickstart' is a small one that the package generates.
-            dataset_config_name: Configuration of that data set, if it has several.
-            train_split: Its split to train on.
-            validation_split: Its split to evaluate on.
-            test_split: Its split for the verb test.
-            predict_split: Its split for the verb predict.
-            tokenizer_name_or_path: Folder, hub name or checkpoint with the tokenizer. On the
-                command line it follows the model.
-            max_length: Tokens in a feature: question, window of the passage, special tokens.
-            doc_stride: Passage tokens that two neighbouring windows share.
-            micro_batch_size: Features in a training batch on one device; on a pipeline, in each
-                of the strategy's gradient_accumulation_steps micro-batches.
-            eval_micro_batch_size: Features in a batch of validation, test and predict.
-            num_workers: Processes that prepare batches; 0 prepares them in the main process.
-            group_by_length: Put features of alike length into one training batch: less padding.
-            pad_to_max_length: Pad every batch to max_length, not to its longest feature.
-            version_2: Some questions have no answer in their passage (SQuAD v2.0).
-            null_score_threshold: With version_2, answer nothing where that scores better than the
-                best span by more than this.
-            max_answer_length: Tokens of the longest answer.
-            n_best: Candidates that are ranked for each question.
-            skip_misplaced_answers: Leave out answers that do not stand at their answer_start,
-                instead of refusing the data.
-            cache_dir: Folder for features between runs; by default in the user's cache.
+            train_file: Training file or files in the JSON format of SQuAD (v1.1 or v2.0).
+            validation_file: Validation file or files.
+            test_file: Test file or files.
+            predict_file: File or files to predict; answers are not required.
+            dataset_name: Hub name or folder of a dataset with the columns of SQuAD, used for splits
+                without files. 'quickstart' is a small generated dataset.
+            dataset_config_name: Configuration of the dataset, if it has several.
+            train_split: Training split of the dataset.
+            validation_split: Validation split of the dataset.
+            test_split: Test split of the dataset.
+            predict_split: Split of the dataset to predict.
+            tokenizer_name_or_path: Folder, hub name or checkpoint of the tokenizer; defaults to
+                that of the model on the command line.
+            max_length: Maximum number of tokens of a feature: question, window of the passage and
+                special tokens.
+            doc_stride: Overlap of consecutive windows in passage tokens.
+            micro_batch_size: Features per training batch on one device; on a pipeline, per
+                micro-batch, of which a batch has gradient_accumulation_steps.
+            eval_micro_batch_size: Features per batch of validation, test and predict.
+            num_workers: Number of worker processes of loaders; 0 uses the main process.
+            group_by_length: Group features of similar length into batches to reduce padding.
+            pad_to_max_length: Pad every batch to max_length instead of its longest feature.
+            version_2: Whether questions may be unanswerable (SQuAD v2.0).
+            null_score_threshold: With version_2, the answer is empty if its score exceeds that of
+                the best span by more than this.
+            max_answer_length: Maximum number of tokens of an answer.
+            n_best: Number of ranked candidates per question.
+            skip_misplaced_answers: Skip answers that are not at their answer_start instead of
+                raising an error.
+            cache_dir: Folder of cached features; defaults to the cache folder of the user.
 
         Raises:
-            UserError: If window and stride do not fit, or a number is out of its range.
+            UserError: If a value is out of range, or the stride does not fit the windows.
         """
         super().__init__()
         self.save_hyperparameters()
@@ -115,20 +116,20 @@ class SquadDataModule(pl.LightningDataModule):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, loaded when it is first asked for."""
+        """The tokenizer, loaded on first access."""
         return self.splits.tokenizer
 
     def split(self, name: str) -> Split:
-        """Return 'train', 'validation', 'test' or 'predict'; it is read when first asked for.
+        """Return the split 'train', 'validation', 'test' or 'predict', read on first access.
 
         Raises:
-            UserError: If there are no such data, or they break a rule of the format.
+            UserError: If there is no such data, or it is invalid.
         """
         return self.splits.features(name)
 
     @override
     def prepare_data(self) -> None:
-        """Build the caches, in one process of each machine."""
+        """Build the caches, in one process per machine."""
         verb = self.trainer.state.fn if self.trainer else None
         self.setup(str(verb.value) if verb else "fit")
 
@@ -137,33 +138,33 @@ class SquadDataModule(pl.LightningDataModule):
         """Read the splits that a verb needs.
 
         Raises:
-            UserError: If the data are missing or wrong.
+            UserError: If the data is missing or invalid.
         """
         for name in self.splits.needed(stage):
             self.split(name)
 
     def read(self, verb: str) -> None:
-        """Read the questions that a verb needs, to find what is wrong with them before it begins.
+        """Read the questions that a verb needs, to validate them before it starts.
 
         Raises:
-            UserError: If the data are missing or wrong.
+            UserError: If the data is missing or invalid.
         """
         for name in self.splits.needed(verb):
             self.splits.questions(name)
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return batches of micro-batches of features, in the order of `TrainingSampler`."""
+        """Return batches of training features, in the order of `TrainingSampler`."""
         features = self.split("train").features
         rows = features.data.column("input_ids").combine_chunks()
-        share = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        sampler_kwargs = self.trainer.distributed_sampler_kwargs if self.trainer else None
         batch_size = self.hparams["micro_batch_size"] * self._micro_batches
         sampler = TrainingSampler(
             rows.value_lengths().to_pylist(),
             batch_size,
             self.hparams["group_by_length"],
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # set by seed_everything
-            **(share or {}),
+            **(sampler_kwargs or {}),
         )
         loader = self._loader(features, batch_size, sampler)
         if self._resume_from:
@@ -187,28 +188,28 @@ class SquadDataModule(pl.LightningDataModule):
 
     @override
     def state_dict(self) -> Dict[str, Any]:
-        """Return the position in the training data, for a checkpoint.
+        """Return the position in the training data.
 
-        Lightning keeps the state of loaders, too, but restores it only to those that are made after
-        the optimizer; ours are made before, to count the steps of the learning rate's schedule.
+        Lightning also saves the state of loaders, but restores only loaders that are created after
+        the optimizer; ours are created before, to count the steps of the learning rate schedule.
         """
         if self.trainer is None or not isinstance(
             self.trainer.train_dataloader, ResumableDataLoader
         ):
             return {}
         state = self.trainer.train_dataloader.state_dict()
-        # A save before a batch is trained on, by SLURM's signal, must not count it as done.
+        # A batch that is not trained on yet, e.g. at a signal of SLURM, must not be counted.
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         state["batches"] -= progress.ready - progress.processed
         return {"train": state}
 
     @override
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Let the next training loader go on where the checkpoint was saved."""
+        """Resume the next training loader from the position of a checkpoint."""
         self._resume_from = state_dict.get("train")
 
     def answers(self, split: str, parts: Iterable[Tuple[Any, Any, Any]]) -> Answers:
-        """Turn the logits of a split's batches into ranked answers.
+        """Decode the logits of the batches of a split into ranked answers.
 
         Args:
             split: Name of the split.
@@ -217,13 +218,13 @@ class SquadDataModule(pl.LightningDataModule):
         return decode(join_logits(parts), Windows.of(self.split(split).features), self.answer_rules)
 
     def scores(self, split: str, parts: Iterable[Tuple[Any, Any, Any]]) -> Dict[str, float]:
-        """Return ``exact_match`` and ``f1`` (0-100) of the questions whose logits are given."""
+        """Return ``exact_match`` and ``f1`` (0-100) over the questions in `parts`."""
         question_set = self.split(split).question_set
         return squad_scores(question_set, self.answers(split, parts).texts(question_set))
 
     @property
     def _micro_batches(self) -> int:
-        """Micro-batches in a batch: above 1 under strategies that accumulate by themselves."""
+        """Micro-batches in a batch: above 1 if the strategy accumulates gradients."""
         return facts_of(self.trainer).micro_batches_per_batch
 
     def _loader(self, features: Any, batch_size: int, sampler: Any = None) -> ResumableDataLoader:
@@ -231,12 +232,12 @@ class SquadDataModule(pl.LightningDataModule):
         length = self.hparams["max_length"] if fixed else None
         return ResumableDataLoader(
             features,
-            batch_size=batch_size,  # by name: Lightning makes loaders anew for `predict`
+            batch_size=batch_size,  # a keyword: Lightning re-creates loaders for `predict`
             sampler=sampler,
             num_workers=self.hparams["num_workers"],
             collate_fn=Collator(self.tokenizer.pad_token_id, length),
-            # Or every loader would draw from the generator of the dropout masks, and a resumed run
-            # would not repeat them.
+            # Otherwise loaders draw from the global generator of dropout masks, which a resumed run
+            # would not repeat.
             generator=torch.Generator(),
         )
 

@@ -1,6 +1,6 @@
-"""Texts as one long row of tokens, and the index arithmetic on such rows.
+"""Texts as a flat array of tokens, and index arithmetic on such arrays.
 
-Letters in shapes: T tokens of all texts in a row.
+Shapes: T tokens of all texts.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ IntArray = npt.NDArray[np.int64]
 
 
 class TokenizedTexts(NamedTuple):
-    """Texts as one long row of tokens, e.g. [A B C | D E] for two texts."""
+    """Texts as a flat array of tokens, e.g. [A B C | D E] for two texts."""
 
     ids: IntArray
     """[T]: token ids, without special tokens."""
     counts: IntArray
-    """[texts]: tokens of each text."""
+    """[texts]: number of tokens of each text."""
     char_starts: IntArray
-    """[T]: first character of each token, counted in its own text."""
+    """[T]: index in the text of the first character of each token."""
     char_ends: IntArray
-    """[T]: character after the last of each token."""
+    """[T]: end of each token (exclusive)."""
 
     @property
     def firsts(self) -> IntArray:
-        """[texts]: index of each text's first token."""
+        """[texts]: index of the first token of each text."""
         return starts_of(self.counts)
 
 
 def plain_encoder(tokenizer: Any) -> Any:
-    """Return a copy of the fast tokenizer's engine that neither truncates nor pads.
+    """Return a copy of the backend of a fast tokenizer without truncation and padding.
 
-    Checkpoints may carry both settings in their tokenizer.json (sentence-transformers' do).
+    Both may be set in the tokenizer.json of a checkpoint (e.g. of sentence-transformers).
     """
     from tokenizers import Tokenizer
 
@@ -46,7 +46,7 @@ def plain_encoder(tokenizer: Any) -> Any:
 
 
 def encode(encoder: Any, texts: Sequence[str]) -> TokenizedTexts:
-    """Tokenise texts, without special tokens."""
+    """Tokenize texts, without special tokens."""
     encodings = encoder.encode_batch(list(texts), add_special_tokens=False)
     counts = np.array([len(e) for e in encodings], np.int64)
     total = int(counts.sum())
@@ -57,11 +57,11 @@ def encode(encoder: Any, texts: Sequence[str]) -> TokenizedTexts:
 
 
 def starts_of(counts: IntArray) -> IntArray:
-    """Return where each of several rows begins when they stand one behind the other."""
+    """Return the start of each row in a flat array."""
     return np.cumsum(counts) - counts
 
 
 def ranges(first: IntArray, counts: IntArray) -> IntArray:
-    """Return ``first[i], first[i] + 1, ...`` for ``counts[i]`` numbers, one i after the other."""
+    """Return ``first[i], first[i] + 1, ...`` (``counts[i]`` numbers), concatenated over i."""
     within = np.arange(int(counts.sum())) - np.repeat(starts_of(counts), counts)
     return np.repeat(first, counts) + within

@@ -1,4 +1,4 @@
-"""Tokenizers: from a folder, the hub or a checkpoint, and as plain text to put into one."""
+"""Tokenizers: loaded from a folder, the hub or a checkpoint, and saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_ipu_bert.checkpoint_file import TOKENIZER_KEY, read_checkpoint
 from lightning_ipu_bert.errors import UserError
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
-"""A file name without a folder, a drive or a hidden file's dot."""
+"""A file name without folder, drive or leading dot."""
 
 
 def load_tokenizer(name_or_path: str) -> Any:
@@ -23,7 +23,7 @@ def load_tokenizer(name_or_path: str) -> Any:
         name_or_path: Folder, hub name, or a checkpoint of `BertForQuestionAnsweringModule`.
 
     Raises:
-        UserError: If there is none, it is not a fast one, or it joins pairs in another way.
+        UserError: If there is no tokenizer, or it is not supported.
     """
     if name_or_path.endswith(".ckpt"):
         return _from_checkpoint(name_or_path)
@@ -33,34 +33,34 @@ def load_tokenizer(name_or_path: str) -> Any:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"No tokenizer could be loaded from '{name_or_path}': {reason} "
-            "Give a folder or a hub name that holds one with --data.tokenizer_name_or_path."
+            "Pass a folder or hub name with a tokenizer by --data.tokenizer_name_or_path."
         ) from error
     check_tokenizer(tokenizer, name_or_path)
     return tokenizer
 
 
 def check_tokenizer(tokenizer: Any, name: str) -> None:
-    """Refuse tokenizers whose features we could not build.
+    """Check that features can be built with a tokenizer.
 
     Raises:
-        UserError: If the tokenizer is not a fast one or does not give [CLS] A [SEP] B [SEP].
+        UserError: If the tokenizer is not fast or does not return [CLS] A [SEP] B [SEP].
     """
     if not tokenizer.is_fast:
         raise UserError(
-            f"The tokenizer of '{name}' is not a fast one, so it knows no character offsets. "
-            "Give one with a tokenizer.json."
+            f"The tokenizer of '{name}' is not a fast tokenizer, so it has no character offsets. "
+            "Use one with a tokenizer.json."
         )
     a, b = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("a", "b"))
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     if tokenizer("a", "b")["input_ids"] != [cls, *a, sep, *b, sep]:
         raise UserError(
             f"The tokenizer of '{name}' does not join question and passage as "
-            "[CLS] A [SEP] B [SEP]. Give a BERT tokenizer."
+            "[CLS] A [SEP] B [SEP]. Use a BERT tokenizer."
         )
 
 
 def tokenizer_to_files(tokenizer: Any) -> Dict[str, str]:
-    """Return the tokenizer as {file name: text}, to be kept in a checkpoint."""
+    """Return the files of a tokenizer as {name: text}, to be saved in a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return {
@@ -71,13 +71,13 @@ def tokenizer_to_files(tokenizer: Any) -> Dict[str, str]:
 
 
 def tokenizer_from_files(files: Mapping[str, str]) -> Any:
-    """Return the tokenizer that `tokenizer_to_files` took apart.
+    """Return the tokenizer from its files.
 
     Args:
-        files: Come from a checkpoint, which may come from anybody.
+        files: {name: text} of a checkpoint, which is not trusted.
 
     Raises:
-        UserError: If a name could lead out of the folder in which the files are written.
+        UserError: If a name could be outside of the folder in which the files are written.
     """
     check_file_names(files)
     with tempfile.TemporaryDirectory() as folder:
@@ -90,14 +90,13 @@ def check_file_names(files: Mapping[str, str]) -> None:
     """Check that all names are plain file names.
 
     Raises:
-        UserError: If one is absolute, climbs, or names a folder.
+        UserError: If a name is absolute or contains a folder.
     """
     for name, text in files.items():
         if not (isinstance(name, str) and isinstance(text, str) and PLAIN_NAME.fullmatch(name)):
             raise UserError(
                 f"The checkpoint names a tokenizer file {str(name)[:100]!r}, which must be a plain "
-                "file name with a text, e.g. tokenizer.json. Do not trust this checkpoint, or give "
-                "another tokenizer to its exported weights."
+                "file name with a text, e.g. tokenizer.json. Use a checkpoint that you trust."
             )
 
 
@@ -105,6 +104,6 @@ def _from_checkpoint(path: str) -> Any:
     checkpoint = read_checkpoint(path)
     if not checkpoint.get(TOKENIZER_KEY):
         raise UserError(
-            f"Checkpoint '{path}' holds no tokenizer. Give one with --data.tokenizer_name_or_path."
+            f"Checkpoint '{path}' has no tokenizer. Pass one by --data.tokenizer_name_or_path."
         )
     return tokenizer_from_files(checkpoint[TOKENIZER_KEY])

@@ -1,1 +1,1 @@
-"""Models as LightningModules, and how they are cut into blocks."""
+"""LightningModules of models, and their blocks."""

@@ -1,4 +1,4 @@
-"""BERT as blocks: the forward of any consecutive part of it."""
+"""BERT as blocks: forward of consecutive blocks, and the loss."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NETWORK_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class SpanLogits(NamedTuple):
-    """Scores of every token, before the softmax over a window."""
+    """Logits of the answer span."""
 
     start_logits: Tensor
-    """[B, S]: as the first token of the answer."""
+    """[B, S]: for the first token of the answer."""
     end_logits: Tensor
-    """[B, S]: as its last token."""
+    """[B, S]: for the last token of the answer."""
 
 
 def run_blocks(
@@ -31,14 +31,14 @@ def run_blocks(
     hidden: Any,
     batch: Mapping[str, Tensor],
 ) -> Any:
-    """Run consecutive blocks, as Hugging Face's `BertForQuestionAnswering` does.
+    """Run consecutive blocks, as in `BertForQuestionAnswering` of transformers.
 
     Args:
-        module: Holds the blocks under their names.
-        config: Of the network.
-        blocks: What to run, in order.
-        hidden: [B, S, D], what the block before returned; None before the embeddings.
-        batch: ``input_ids`` [B, S], and if given ``attention_mask`` (1 for tokens, 0 for padding)
+        module: Contains the blocks by name.
+        config: Configuration of the network.
+        blocks: Names of the blocks to run, in order.
+        hidden: [B, S, D], output of the previous block; None for the embeddings.
+        batch: ``input_ids`` [B, S], and optionally ``attention_mask`` (1 for tokens, 0 for padding)
             and ``token_type_ids`` (0 for the question, 1 for the passage).
 
     Returns:
@@ -61,13 +61,13 @@ def run_blocks(
 def _layer_mask(
     attention_mask: Optional[Tensor], config: BertConfig, dtype: torch.dtype
 ) -> Optional[Tensor]:
-    """[B, S] -> [B, 1, 1, S], in the form that the attention of this config takes."""
+    """[B, S] -> [B, 1, 1, S], in the format of the attention implementation."""
     if attention_mask is None:
         return None
     kept = attention_mask[:, None, None, :].bool()
     if takes_boolean_mask(config):
         return kept
-    zeros = torch.zeros_like(kept, dtype=dtype, device=kept.device)  # PopTorch wants it named
+    zeros = torch.zeros_like(kept, dtype=dtype, device=kept.device)  # PopTorch needs the device
     return zeros.masked_fill(~kept, torch.finfo(dtype).min)
 
 
@@ -75,8 +75,8 @@ def span_loss(logits: SpanLogits, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the mean cross-entropy of start and end over the batch.
 
     Args:
-        logits: Scores of the tokens.
-        batch: ``start_positions`` and ``end_positions`` [B], the tokens of the right answer.
+        logits: Logits of the span.
+        batch: ``start_positions`` and ``end_positions`` [B], first and last token of the answer.
 
     Source:
         Devlin et al., BERT (arXiv:1810.04805), section 4.2.

@@ -1,4 +1,4 @@
-"""What a plan needs to know of a BERT: its blocks and sizes. No torch, no transformers."""
+"""Blocks and sizes of BERT, on which a plan depends. No torch, no transformers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lightning_ipu_bert.pipeline.rules import Violation
 
 EMBEDDINGS, LAYERS, HEAD = "bert.embeddings", "bert.encoder.layer", "qa_outputs"
 LABELS = {EMBEDDINGS: "Embedding", LAYERS: "Encoder", HEAD: "QA Outputs"}
-"""Names for people in the table "Device Allocation"."""
+"""Display names in the table "Device Allocation"."""
 
 
 class BertSettings(NamedTuple):
-    """Sizes of a BERT, by their names in `BertConfig`, with its defaults (BERT-Base)."""
+    """Sizes of BERT, with the names and defaults (BERT-Base) of `BertConfig`."""
 
     vocab_size: int = 30522
     num_hidden_layers: int = 12
@@ -22,21 +22,21 @@ class BertSettings(NamedTuple):
 
 
 def bert_blocks(num_hidden_layers: int) -> List[str]:
-    """Return the names of BERT's blocks in forward order."""
+    """Return the names of the blocks of BERT in forward order."""
     return [EMBEDDINGS, *(f"{LAYERS}.{i}" for i in range(num_hidden_layers)), HEAD]
 
 
 def settings_of(
     model_name_or_path: Optional[str], config: Optional[Mapping[str, Any]]
 ) -> BertSettings:
-    """Return the sizes of the model that `--model` describes.
+    """Return the sizes of the model from the arguments of the module.
 
     Args:
-        model_name_or_path: Folder or hub name, of which only config.json is read.
-        config: Fields that differ from it.
+        model_name_or_path: Folder or hub name; only config.json is read.
+        config: Fields that override it.
 
     Raises:
-        OSError: If there is no such folder or name.
+        OSError: If the folder or hub name does not exist.
     """
     fields: Dict[str, Any] = {}
     if model_name_or_path is not None:
@@ -48,7 +48,7 @@ def settings_of(
 def _config_file(name_or_path: str) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path) / "config.json"
-    from huggingface_hub import hf_hub_download  # takes a while to import
+    from huggingface_hub import hf_hub_download  # slow to import
 
     return Path(hf_hub_download(name_or_path, "config.json"))
 
@@ -56,13 +56,13 @@ def _config_file(name_or_path: str) -> Path:
 def input_rules(
     settings: BertSettings, tokenizer_size: int, max_length: int
 ) -> Iterator[Violation]:
-    """The model has an embedding for every token, and a position for every one of a window."""
+    """The model must have an embedding for every token and every position of a window."""
     if tokenizer_size > settings.vocab_size:
         yield Violation(
             "The tokenizer",
             None,
-            f"has {tokenizer_size} tokens and the model only {settings.vocab_size}",
-            "Give the model's own by --data.tokenizer_name_or_path, or set vocab_size in "
+            f"has {tokenizer_size} tokens, but the model has a vocab_size of {settings.vocab_size}",
+            "Set --data.tokenizer_name_or_path to that of the model, or set vocab_size in "
             "--model.config.",
         )
     longest = settings.max_position_embeddings
@@ -70,6 +70,6 @@ def input_rules(
         yield Violation(
             "max_length",
             max_length,
-            f"is longer than the model's {longest} positions",
+            f"exceeds the {longest} positions of the model",
             f"Set --data.max_length to {longest} or less.",
         )

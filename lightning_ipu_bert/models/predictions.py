@@ -1,4 +1,4 @@
-"""Writes what `predict` found: answers, ranked candidates and, on request, the raw logits."""
+"""Writer of predictions: answers, ranked candidates and optionally logits."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from lightning_ipu_bert.training.gather import all_gather_objects
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes the answers of `predict` into a folder, each file whole or not at all.
+    """Writes the answers of `predict` to a folder; files are written atomically.
 
-    ``predictions.json`` holds {id: answer}, which the official SQuAD script scores;
-    ``nbest_predictions.json`` {id: [{text, score, probability, start, end}, ...]}, best first, with
-    characters of the passage; ``logits.npz`` the arrays ``features`` [F], ``start_logits`` and
-    ``end_logits`` [F, S].
+    ``predictions.json`` is {id: answer}, the input of the official SQuAD script;
+    ``nbest_predictions.json`` is {id: [{text, score, probability, start, end}, ...]}, best first,
+    with character positions in the passage; ``logits.npz`` has the arrays ``features`` [F],
+    ``start_logits`` and ``end_logits`` [F, S].
     """
 
     def __init__(self, output_dir: Optional[str] = None, write_logits: bool = False) -> None:
         """Create the callback.
 
         Args:
-            output_dir: Folder of the files; the run's log folder if null.
-            write_logits: Write the raw start and end logits, too.
+            output_dir: Output folder; null uses the log folder of the run.
+            write_logits: Whether to also write start and end logits.
         """
         super().__init__(write_interval="epoch")
         self.output_dir = output_dir
@@ -52,11 +52,11 @@ class PredictionWriter(BasePredictionWriter):
         data = datamodule_of(trainer)
         if not isinstance(data, SquadDataModule):
             raise UserError(
-                "predict can write answers only for a SquadDataModule. Give one as datamodule=..., "
-                "or remove the PredictionWriter."
+                "PredictionWriter requires a SquadDataModule. Pass one as datamodule=..., or "
+                "remove the callback."
             )
         folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
-        parts = [part for parts_of_one in all_gather_objects(predictions) for part in parts_of_one]
+        parts = [part for rank_parts in all_gather_objects(predictions) for part in rank_parts]
         if not trainer.is_global_zero:
             return
         question_set = data.split("predict").question_set

@@ -1,4 +1,4 @@
-"""`BertForQuestionAnsweringModule`: extractive question answering with BERT, for Lightning."""
+"""`BertForQuestionAnsweringModule`: extractive question answering with BERT."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ BatchLogits = Tuple[Tensor, Tensor, Tensor]
 
 
 class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
-    """BERT with a span head: fine-tuned, evaluated by exact match and F1, and asked for answers.
+    """LightningModule of BERT for extractive question answering, evaluated by exact match and F1.
 
-    The parameters are named as in Hugging Face's `BertForQuestionAnswering` (``bert...`` and
-    ``qa_outputs...``), in this module and in its checkpoints. A checkpoint holds the architecture
-    and the tokenizer too, and needs no other file.
+    Parameters have the names of `BertForQuestionAnswering` in transformers (``bert...`` and
+    ``qa_outputs...``), in the module and in checkpoints. Checkpoints are self-contained: they
+    include the architecture and the tokenizer.
     """
 
     block_labels = LABELS
@@ -59,21 +59,21 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         warmup_ratio: float = 0.0,
         warmup_steps: int = 0,
     ) -> None:
-        """Build the network.
+        """Create the network.
 
         Args:
-            model_name_or_path: Folder or hub name of a BERT checkpoint; random weights if null.
-            config: Fields of BertConfig that differ from the checkpoint's (or from BertConfig's
-                defaults, without a checkpoint), e.g. {hidden_dropout_prob: 0.0}.
-            learning_rate: Highest learning rate of AdamW.
-            weight_decay: Decay of all weights but biases and LayerNorms.
-            lr_schedule: What follows the warm-up: linear or cosine (to 0 at the end of the run) or
+            model_name_or_path: Folder or hub name of a pretrained BERT; null uses random weights.
+            config: Fields of BertConfig that override those of the pretrained model or the
+                defaults, e.g. {hidden_dropout_prob: 0.0}.
+            learning_rate: Peak learning rate of AdamW.
+            weight_decay: Weight decay of all weights except biases and LayerNorm.
+            lr_schedule: Schedule after warm-up: linear or cosine (to 0 at the end of the run) or
                 constant.
-            warmup_ratio: Share of all updates in which the learning rate rises from 0.
-            warmup_steps: The same as a number of updates; takes the place of warmup_ratio.
+            warmup_ratio: Fraction of all updates in which the learning rate increases from 0.
+            warmup_steps: Number of warm-up updates; overrides warmup_ratio.
 
         Raises:
-            UserError: If no BERT can be built from what is given, or a number is out of its range.
+            UserError: If no BERT can be created from the arguments, or a value is out of range.
         """
         super().__init__()
         enforce(learning_rate_rules(learning_rate, lr_schedule, warmup_ratio, warmup_steps))
@@ -97,7 +97,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         attention_mask: Optional[Tensor] = None,
         token_type_ids: Optional[Tensor] = None,
     ) -> SpanLogits:
-        """Score every token as start and as end of the answer.
+        """Return the start and end logits of all tokens.
 
         Args:
             input_ids: [B, S]
@@ -125,7 +125,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         return span_loss(output, batch)
 
     def to_huggingface(self) -> BertForQuestionAnswering:
-        """Return Hugging Face's model with a copy of the weights."""
+        """Return the model of transformers with a copy of the weights."""
         network = BertForQuestionAnswering(self.bert_config)
         network.load_state_dict(self.state_dict())
         network.train(False)
@@ -142,12 +142,12 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the loss and keep the logits for the scores."""
+        """Log the loss and store the logits for the scores."""
         self._evaluation_step(batch, "val")
 
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Do as in validation, under test/."""
+        """Log the loss and store the logits for the scores, as test/..."""
         self._evaluation_step(batch, "test")
 
     @override
@@ -175,17 +175,17 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         parts, self._logits = self._logits, []
         data = datamodule_of(self.trainer)
         if not isinstance(data, SquadDataModule):
-            return  # somebody's own loader: there are no texts to compare
-        # A question's windows may lie on several devices; afterwards every one knows all of them.
-        everywhere = [part for parts_of_one in all_gather_objects(parts) for part in parts_of_one]
-        scores = {f"{prefix}/{k}": v for k, v in data.scores(split, everywhere).items()}
-        self.log_dict(scores, prog_bar=True, sync_dist=True)  # all have the same: no harm done
+            return  # without a SquadDataModule there are no answers to compare
+        # The windows of a question may be on several devices.
+        all_parts = [part for rank_parts in all_gather_objects(parts) for part in rank_parts]
+        scores = {f"{prefix}/{k}": v for k, v in data.scores(split, all_parts).items()}
+        self.log_dict(scores, prog_bar=True, sync_dist=True)  # equal on all devices
         if not self.trainer.sanity_checking:
             self._scores, self._scores_step = scores, self.trainer.global_step
 
     @override
     def configure_optimizers(self) -> Any:
-        """Return AdamW and a learning rate that changes with every update."""
+        """Return AdamW and a learning rate schedule that steps after every update."""
         optimizer = torch.optim.AdamW(
             decay_groups(self, self.hparams["weight_decay"]), lr=self.hparams["learning_rate"]
         )
@@ -199,7 +199,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Take the data's tokenizer, and make saving atomic."""
+        """Set the tokenizer from the data, and write checkpoints atomically."""
         data = datamodule_of(self.trainer)
         if isinstance(data, SquadDataModule):
             self.tokenizer = data.tokenizer
@@ -212,12 +212,12 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
 
     @override
     def configure_callbacks(self) -> List[pl.Callback]:
-        """Return the callbacks that every run has, less those that this Trainer already has."""
+        """Return the default callbacks, without those that the Trainer already has."""
         return missing_callbacks(self.trainer, squad_report())
 
     @override
     def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
-        """Put architecture, tokenizer and scores into the checkpoint."""
+        """Add architecture, tokenizer and scores to the checkpoint."""
         hyper_parameters = checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         checkpoint[ORIGIN_KEY] = self._origin
         hyper_parameters.update(model_name_or_path=None, config=architecture_of(self.bert_config))
@@ -228,7 +228,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
-        """Take the tokenizer and the scores out of the checkpoint."""
+        """Load the tokenizer and the scores from the checkpoint."""
         trainer = trainer_of(self)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             enforce(progress_rules(checkpoint, facts_of(trainer).updates_per_batch))
@@ -241,7 +241,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
 
     @property
     def scores(self) -> Dict[str, float]:
-        """The last scores of evaluation, by name."""
+        """The last evaluation scores, by name."""
         return dict(self._scores)
 
 

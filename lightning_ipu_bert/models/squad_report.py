@@ -1,4 +1,4 @@
-"""What a fit's report says of question answering: sizes of batches, scores, what to do next."""
+"""The training report of question answering: batch sizes, scores, and a command to try it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lightning_ipu_bert.data.squad import SquadDataModule
 from lightning_ipu_bert.training.report import BatchSize, TrainingReport
 
 LONGEST_EXAMPLE = 600
-"""Characters of the longest passage that is printed."""
+"""Maximum length of a printed passage in characters."""
 
 
 def squad_report() -> TrainingReport:
-    """Return the report of a run on question answering."""
+    """Return the report callback for question answering."""
     return TrainingReport(size_of, ("val/exact_match", "val/f1"), ask_hint)
 
 
 def size_of(batch: Dict[str, Tensor]) -> BatchSize:
-    """Return the examples of a batch, and its tokens that are not padding."""
+    """Return the number of examples and tokens of a batch, without padding."""
     return BatchSize(len(batch["input_ids"]), batch["attention_mask"].sum())
 
 
 def ask_hint(trainer: Trainer, path: str) -> List[str]:
-    """Return a command line that asks a checkpoint a question of the validation set."""
+    """Return a command that asks a checkpoint a question of the validation split."""
     data, question, passage = datamodule_of(trainer), "...", "..."
     if isinstance(data, SquadDataModule) and data.splits.sources.has("validation"):
         question_set = data.split("validation").question_set

@@ -11,7 +11,7 @@ class StrategyFacts:
     """Facts about a strategy; the defaults hold for strategies of other packages."""
 
     micro_batches_per_batch: int = 1
-    """Micro-batches in a batch of a loader: above 1 if the strategy accumulates gradients itself."""
+    """Micro-batches in a batch of a loader: above 1 if the strategy accumulates gradients."""
     updates_per_batch: int = 1
     """Weight updates per training batch: `device_iterations` on IPUs."""
     static_shapes: bool = False

@@ -16,7 +16,7 @@ def progress_rules(checkpoint: Mapping[str, Any], updates_per_batch: int) -> Ite
 
     Args:
         checkpoint: A Lightning checkpoint of any strategy.
-        updates_per_batch: Updates per batch of the resumed run: `device_iterations` on IPUs, else 1.
+        updates_per_batch: Updates per batch of the resumed run, `device_iterations` on IPUs.
     """
     updates = checkpoint.get("global_step", 0)
     if updates % updates_per_batch:
@@ -36,5 +36,5 @@ def progress_rules(checkpoint: Mapping[str, Any], updates_per_batch: int) -> Ite
             updates_per_batch,
             "cannot resume a checkpoint that was saved in the middle of an epoch with "
             f"device_iterations={saved}",
-            f"Resume with device_iterations={saved}, or from a checkpoint saved at the end of an epoch.",
+            f"Resume with device_iterations={saved}, or from a checkpoint saved at an epoch end.",
         )

@@ -86,7 +86,7 @@ class PipelineModule:
         return self.pipeline_loss(self.run_output(batch), batch)
 
     def run_output(self, batch: Any) -> Any:
-        """Return the output of the last block for a batch, without gradients under a pipeline strategy."""
+        """Return the output of the last block; a pipeline strategy runs without gradients."""
         if self.pipeline_executor is not None:
             return self.pipeline_executor.output(batch)
         return self.stage_forward(self.pipeline_blocks(), None, batch)

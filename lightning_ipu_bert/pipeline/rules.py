@@ -46,9 +46,7 @@ def enforce(violations: Iterable[Violation]) -> None:
 def count_rule(field: str, value: Any) -> Iterator[Violation]:
     """Counts must be integers of at least 1."""
     if not _is_int(value) or value < 1:
-        yield Violation(
-            field, value, "must be an integer of at least 1", "Set it to 1 or more."
-        )
+        yield Violation(field, value, "must be an integer of at least 1", "Set it to 1 or more.")
 
 
 def choice_rule(field: str, value: Any, choices: Iterable[str]) -> Iterator[Violation]:

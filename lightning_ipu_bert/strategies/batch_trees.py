@@ -80,8 +80,8 @@ def count_examples(batch: Any) -> int:
         if tensor.dim():
             return len(tensor)
     raise UserError(
-        f"A batch of type {type(batch).__name__} has no tensor, so its examples cannot be counted and "
-        "split into micro-batches. Return tensors or nested structures of tensors from the loader."
+        f"A batch of type {type(batch).__name__} has no tensor, so its examples cannot be counted "
+        "and split into micro-batches. The loader must return tensors or structures of tensors."
     )
 
 

@@ -29,7 +29,7 @@ from lightning_ipu_bert.training.termination import (
 SAME_SECONDS = 0.25
 """Signals within this time count as one Ctrl-C: a terminal sends it to all processes of a job, and
 launchers forward it to the processes that they started."""
-HINT = "\nCtrl-C: the run ends after this step. Press Ctrl-C again to end it immediately without saving.\n"
+HINT = "\nCtrl-C: the run ends after this step. Press it again to end immediately without saving.\n"
 
 
 class DeferredSignals:
@@ -73,7 +73,7 @@ class DeferredSignals:
 
     def deliver(self, number: int) -> None:
         """Call the original handler of a signal, if it is deferred."""
-        # Once: Lightning's launcher sends SIGTERM to the other ranks, which have received it already.
+        # Once: the launcher sends SIGTERM to other ranks, which have already received it.
         handler = self._previous.pop(number, None)
         if handler is not None:
             handler(number, None)
@@ -230,7 +230,7 @@ class SignalsBetweenSteps(Callback):
             self._signals.interrupt()
 
     def _deliver(self) -> bool:
-        """Handle the signals that any process has received; return whether Ctrl-C is one of them."""
+        """Handle the signals that any process has received; return whether Ctrl-C is one."""
         self._signals.defer(self._numbers)
         votes = self._agree(self._signals.seen(self._numbers))
         seen = [number for number, vote in zip(self._numbers, votes) if vote]

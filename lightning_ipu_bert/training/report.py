@@ -70,8 +70,8 @@ class TrainingReport(Callback):
         Args:
             size_of: Returns the size of a batch.
             best_of: Metrics whose best value is shown in the summary; higher is better.
-            closing_lines: Returns lines to print after the summary, given the Trainer and the path of
-                the checkpoint.
+            closing_lines: Returns lines to print after the summary, given the Trainer and the path
+                of the checkpoint.
         """
         self.size_of = size_of
         self.best_of = best_of

@@ -33,7 +33,10 @@ class SaveOnTermination(Callback):
         if not (training and can_be_saved_after(exception)):
             return  # evaluation must not overwrite the checkpoint of a training run
         if isinstance(checkpointing, ModelCheckpoint) and checkpointing.dirpath:
-            path = Path(checkpointing.dirpath) / f"{checkpointing.CHECKPOINT_NAME_LAST}{checkpointing.FILE_EXTENSION}"
+            path = (
+                Path(checkpointing.dirpath)
+                / f"{checkpointing.CHECKPOINT_NAME_LAST}{checkpointing.FILE_EXTENSION}"
+            )
             trainer.save_checkpoint(path)
             cause = "SIGTERM" if isinstance(exception, SIGTERMException) else "Ctrl-C"
             rank_zero_info(f"Ended by {cause}. To resume: --ckpt_path {path}")

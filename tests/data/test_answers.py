@@ -1,8 +1,6 @@
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from answer_loop import imitated_logits, passage_logits, usual_loop, with_offset_mapping
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -14,9 +12,6 @@ from lightning_ipu_bert.data.logits import Logits, join_logits
 from lightning_ipu_bert.data.questions import Question, QuestionSet
 from lightning_ipu_bert.data.records import Rules
 from lightning_ipu_bert.data.settings import Windowing
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from bench_answers import imitated_logits, passage_logits, usual_loop, with_offset_mapping
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def build_in_process(quickstart, cache, slow, done):
 
 
 def test_two_processes_at_once_build_it_once(quickstart, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     done = context.Queue()
     arguments = (quickstart, tmp_path, 1.0, done)
     processes = [context.Process(target=build_in_process, args=arguments) for _ in range(2)]
@@ -86,7 +86,7 @@ def test_two_processes_at_once_build_it_once(quickstart, tmp_path):
 
 
 def test_a_killed_run_leaves_no_broken_cache(quickstart, question_set, tokenizer, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     done = context.Queue()
     process = context.Process(target=build_in_process, args=(quickstart, tmp_path, 600, done))
     process.start()

@@ -1,15 +1,10 @@
-import sys
-from pathlib import Path
-
+import official_scores
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ipu_bert.data.metrics import squad_scores
 from lightning_ipu_bert.data.questions import Answer, Question, QuestionSet
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import score_predictions
 
 WORDS = st.lists(st.sampled_from(["the", "a", "Red", "red,", "house", "1950s", "x-y"]), max_size=4)
 ANSWERS = st.lists(WORDS.map(" ".join), max_size=3)
@@ -25,11 +20,9 @@ def test_scores_equal_the_official_definition(cases):
     qas = [
         {"id": q.id, "answers": [{"text": a.text} for a in q.answers if a.text]} for q in questions
     ]
-    official = score_predictions.score({"data": [{"paragraphs": [{"qas": qas}]}]}, predictions)
+    official = official_scores.score({"data": [{"paragraphs": [{"qas": qas}]}]}, predictions)
     texts = [
-        Question(
-            q.id, q.text, 0, tuple(a for a in q.answers if score_predictions.normalize(a.text))
-        )
+        Question(q.id, q.text, 0, tuple(a for a in q.answers if official_scores.normalize(a.text)))
         for q in questions
     ]
     ours = squad_scores(QuestionSet(["x"], texts), predictions)

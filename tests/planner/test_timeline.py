@@ -8,7 +8,7 @@ from lightning_ipu_bert.pipeline.schedules import SCHEDULES, Action, RankSlot, t
 from lightning_ipu_bert.planner.timeline import (
     Durations,
     bubble_fraction,
-    idle_shares,
+    idle_fractions,
     stash_depths,
     timeline,
 )
@@ -64,7 +64,7 @@ def test_closed_forms_equal_a_simulation_by_rules(
 
     events = timeline(schedule, stages, 1, micro_batches, [Durations(forward, backward)] * stages)
     assert max(event.end for event in events) == pytest.approx(total)
-    assert idle_shares(events) == pytest.approx([idle] * stages)
+    assert idle_fractions(events) == pytest.approx([idle] * stages)
 
 
 ALL = [
@@ -145,7 +145,7 @@ def test_the_timeline_knows_uneven_stages():
 def test_torch_has_the_classes_of_the_table_and_numbers_that_do_not_fit_get_another(schedule):
     schedules = pytest.importorskip("torch.distributed.pipelining.schedules", exc_type=ImportError)
     entry = SCHEDULES[schedule]
-    stages = 4 * entry.least_stages_per_rank
+    stages = 4 * entry.min_stages_per_rank
     fitting = torch_class_of(schedule, stages, 4, 8)
     ragged = torch_class_of(schedule, stages, 4, 1 if entry.fills_stages else 9)
     assert fitting == entry.torch_class

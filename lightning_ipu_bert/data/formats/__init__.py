@@ -1,4 +1,4 @@
-"""File formats of questions. A new one is one more file here that defines a `FORMAT`."""
+"""File formats of questions. A new format is a module in this folder that defines `FORMAT`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lightning_ipu_bert.data.questions import QuestionSet
 from lightning_ipu_bert.data.records import Rules, collect
 
 DEFAULT = "squad_json"
-"""The format of files whose suffix no format names."""
+"""The format of files with an unknown suffix."""
 
 
 def file_formats() -> List[FileFormat]:
-    """Return the formats of this folder, the default first."""
+    """Return the formats in this folder, the default first."""
     names = sorted((m.name for m in pkgutil.iter_modules(__path__)), key=lambda n: n != DEFAULT)
     formats: List[FileFormat] = [import_module(f"{__name__}.{name}").FORMAT for name in names]
     return formats
 
 
 def format_of(path: str) -> FileFormat:
-    """Return the format whose suffix a file name has."""
+    """Return the format of a file by its suffix."""
     formats = file_formats()
     name = Path(path).name.lower()
     return next((f for f in formats if name.endswith(f.suffixes)), formats[0])
@@ -33,10 +33,10 @@ def read_files(paths: Sequence[str], rules: Rules) -> QuestionSet:
     """Read files, each in its format, as one split.
 
     Args:
-        paths: One or several files.
-        rules: What the questions must fulfil.
+        paths: Paths of the files.
+        rules: Rules for the questions.
 
     Raises:
-        UserError: If a file is missing, cannot be parsed, or breaks a rule.
+        UserError: If a file is missing, cannot be parsed, or is invalid.
     """
     return collect((record for path in paths for record in format_of(path).records(path)), rules)

@@ -1,4 +1,4 @@
-"""SQuAD's own format, v1.1 and v2.0: articles of paragraphs of questions, as one JSON object."""
+"""The official JSON format of SQuAD, v1.1 and v2.0."""
 
 from __future__ import annotations
 
@@ -16,56 +16,56 @@ def records(path: str) -> Iterator[Record]:
     """Yield the questions of a SQuAD file, v1.1 or v2.0.
 
     Raises:
-        UserError: If the file is missing, is not JSON, or has another shape.
+        UserError: If the file is missing, is not JSON, or has another structure.
     """
     name = Path(path).name
     for a, article in enumerate(_field(_load_json(path), "data", list, path)):
         for p, paragraph in enumerate(_field(article, "paragraphs", list, f"{name}: data[{a}]")):
-            place = f"{name}: data[{a}].paragraphs[{p}]"
-            context = _field(paragraph, "context", str, place)
-            for q, qa in enumerate(_field(paragraph, "qas", list, place)):
-                yield _qa_record(qa, context, f"{place}.qas[{q}]")
+            location = f"{name}: data[{a}].paragraphs[{p}]"
+            context = _field(paragraph, "context", str, location)
+            for q, qa in enumerate(_field(paragraph, "qas", list, location)):
+                yield _qa_record(qa, context, f"{location}.qas[{q}]")
 
 
 def _load_json(path: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file. Check the path.") from None
+        raise UserError(f"{path}: the file does not exist. Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Give a readable text file.") from None
+        raise UserError(f"{path}: cannot be read ({error}). Pass a readable text file.") from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}: line {error.lineno}, column {error.colno} is not JSON ({error.msg}). "
-            "Give a file in the official SQuAD format."
+            "Pass a file in the official SQuAD format."
         ) from None
 
 
-def _field(holder: Any, key: str, kind: type, place: str) -> Any:
-    value = holder.get(key) if isinstance(holder, dict) else None
+def _field(parent: Any, key: str, kind: type, location: str) -> Any:
+    value = parent.get(key) if isinstance(parent, dict) else None
     if not isinstance(value, kind):
-        names = {list: "a list", str: "a text", int: "a whole number"}
+        names = {list: "a list", str: "a string", int: "an integer"}
         raise UserError(
-            f"{place}: '{key}' is missing or is not {names[kind]}. The official SQuAD format is "
+            f"{location}: '{key}' is missing or is not {names[kind]}. The official SQuAD format is "
             "data[].paragraphs[].{context, qas[].{id, question, answers[].{text, answer_start}}}."
         )
     return value
 
 
-def _qa_record(qa: Any, context: str, place: str) -> Record:
+def _qa_record(qa: Any, context: str, location: str) -> Record:
     answers: Optional[List[Answer]] = None
     if isinstance(qa, dict) and ("answers" in qa or qa.get("is_impossible")):
-        # SQuAD v2.0 files list a plausible but wrong answer under another key; it never counts.
-        listed = [] if qa.get("is_impossible") else _field(qa, "answers", list, place)
+        # Plausible but wrong answers of SQuAD v2.0 are under another key, which is ignored.
+        listed = [] if qa.get("is_impossible") else _field(qa, "answers", list, location)
         answers = [
             Answer(
-                _field(answer, "text", str, f"{place}.answers[{i}]"),
-                _field(answer, "answer_start", int, f"{place}.answers[{i}]"),
+                _field(answer, "text", str, f"{location}.answers[{i}]"),
+                _field(answer, "answer_start", int, f"{location}.answers[{i}]"),
             )
             for i, answer in enumerate(listed)
         ]
-    question = _field(qa, "question", str, place)
-    return Record(place, _field(qa, "id", str, place), question, context, answers)
+    question = _field(qa, "question", str, location)
+    return Record(location, _field(qa, "id", str, location), question, context, answers)
 
 
 FORMAT = FileFormat((".json",), records)

@@ -1,4 +1,4 @@
-"""The passages and questions of the corpus, drawn from the templates beside this file."""
+"""Passages and questions of the corpus, sampled from templates.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TEMPLATES: Dict[str, Any] = json.loads(Path(__file__).with_name("templates.json"
 
 
 class Relation(NamedTuple):
-    """Something that is said about a subject, the ways to say it and the ways to ask for it."""
+    """A fact about a subject: phrasings as statement and as question."""
 
     statements: Tuple[str, ...]
     """Sentences with a ``{subject}`` and a ``{value}``."""
@@ -24,23 +24,23 @@ RELATIONS: Dict[str, Dict[str, List[Relation]]] = {
     kind: {value: [Relation(**relation) for relation in two] for value, two in of_kind.items()}
     for kind, of_kind in TEMPLATES["relations"].items()
 }
-"""What is said about subjects of each kind: two relations for every kind of value."""
+"""Relations of each kind of subject: two for every kind of value."""
 
 INTRODUCTIONS: Dict[str, List[str]] = TEMPLATES["introductions"]
-"""First sentences, which answer no question."""
+"""First sentences, which do not answer any question."""
 
 OTHER_WORDS: Dict[str, List[str]] = TEMPLATES["other_words"]
-"""What may stand for the subject once it was named; pronouns only where a sentence begins."""
+"""References to a subject that was named; pronouns only at the start of a sentence."""
 
 FIRM_ENDINGS: List[str] = TEMPLATES["firm_endings"]
 """Common nouns, which both splits share."""
 
 PARTS: Dict[str, List[str]] = TEMPLATES["parts"]
-"""Words that make up a value of a kind; the other kinds are a single word."""
+"""Words of a value by kind; other kinds are a single word."""
 
 
 def is_held_out(word: str) -> bool:
-    """Tell whether a name or a year belongs to the validation split: one in eight does."""
+    """Return whether a name or a year is in the validation split, as one in eight."""
     return zlib.crc32(word.encode()) % 8 == 0
 
 
@@ -58,7 +58,7 @@ def random_word(kind: str, rng: random.Random) -> str:
 
 
 def new_value(kind: str, rng: random.Random, held_out: bool, taken: Set[str]) -> str:
-    """Return a value of the split, and enter its words in `taken`, whose words it avoids."""
+    """Return a value of the split without words in `taken`, and add its words to `taken`."""
     words = []
     for part in PARTS.get(kind, [kind]):
         word = random_word(part, rng)
@@ -73,9 +73,9 @@ def quickstart_corpus(num_passages: int, seed: int, held_out: bool) -> Dict[str,
     """Return a corpus as the dictionary of an official SQuAD v1.1 file.
 
     Args:
-        num_passages: Passages, each with three sentences and four questions.
+        num_passages: Number of passages, each with three sentences and four questions.
         seed: Seed of the passages; a longer corpus of the same seed starts with the same passages.
-        held_out: Whether to draw from the names and numbers of the validation split.
+        held_out: Whether to use the names and years of the validation split.
     """
     rng = random.Random(seed)
     title = "validation" if held_out else "train"
@@ -111,7 +111,7 @@ def _paragraph(rng: random.Random, held_out: bool, id_prefix: str) -> Dict[str, 
 
 
 def _named(template: str, subject: str, kind: str, rng: random.Random) -> str:
-    """Return the subject's name or another word for it."""
+    """Return the name of the subject or a reference to it."""
     if rng.random() < 0.5 or (kind == "person" and not template.startswith("{subject}")):
         return subject
     return rng.choice(OTHER_WORDS[kind])

@@ -1,4 +1,4 @@
-"""The corpus as a folder: two SQuAD files, and a tokenizer that is learnt from the passages."""
+"""The quickstart corpus as a folder: two SQuAD files and a trained tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_ipu_bert.data.quickstart.corpus import quickstart_corpus, texts
 from lightning_ipu_bert.files import built_once
 
 NAME = "quickstart"
-"""What `--data.dataset_name` calls the corpus."""
+"""Name of the corpus for `--data.dataset_name`."""
 
 NUM_TRAINING_PASSAGES = 15_000
 NUM_VALIDATION_PASSAGES = 150
@@ -24,14 +24,14 @@ TRAINING_SEED = 0
 VALIDATION_SEED = 1
 
 VOCABULARY_SIZE = 900
-"""Word pieces: most words of the templates stay whole, and invented names fall into syllables."""
+"""Word pieces: most words of the templates are one token, invented names are split."""
 
 NUM_VOCABULARY_PASSAGES = 600
-"""Passages that the vocabulary is learnt from: with more, single names would become one piece."""
+"""Passages for the vocabulary: with more, names would become single tokens."""
 
 
 def quickstart_folder(cache_dir: Path) -> Path:
-    """Return a folder as `write_quickstart` writes it, which is written when first asked for."""
+    """Return the folder of the corpus, which is written on first access."""
     sources = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".json"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
     return built_once(cache_dir / f"{NAME}-{digest}", write_quickstart)
@@ -49,16 +49,16 @@ def write_quickstart(folder: Path) -> None:
 
 
 def train_tokenizer(training_texts: Iterable[str], folder: Path) -> None:
-    """Learn a lower-cased BERT vocabulary and write a folder that `AutoTokenizer` opens.
+    """Train a lower-case BERT vocabulary and write a folder for `AutoTokenizer`.
 
-    Every letter and digit is a piece, at the start of a word and inside it, so that no word of
-    letters and digits is unknown. Numbers fall into pairs of digits, which the trainer would not
-    find on its own: the pairs of a few hundred passages are not all of them.
+    Every letter and digit is a token, at the start of a word and inside it, so that no alphanumeric
+    word is unknown. Numbers are split into pairs of digits, all of which are added explicitly:
+    a few hundred passages do not contain all pairs.
     """
     alphabet = list(ascii_lowercase + digits)
     pairs = [f"{number:02}" for number in range(100)]
-    # The trainer numbers the pieces inside words in an order that differs from run to run, and
-    # breaks ties by these numbers; as special tokens they are numbered in the order given here.
+    # The trainer assigns ids to pieces inside words in an order that differs between runs, and
+    # breaks ties by these ids; special tokens are assigned ids in the order given here.
     special_tokens: List[Union[str, AddedToken]] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     special_tokens += [f"##{piece}" for piece in alphabet + pairs] + pairs
     tokenizer = BertWordPieceTokenizer(lowercase=True)

@@ -1,1 +1,1 @@
-"""IPU-specific configuration: the fields of `ipu_config.json` and the rules of PopTorch. No torch."""
+"""Configuration of IPUs: the fields of `ipu_config.json` and the rules of PopTorch. No torch."""

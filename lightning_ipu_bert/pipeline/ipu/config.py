@@ -41,9 +41,9 @@ class IPUConfig:
     """
 
     layers_per_ipu: List[int] = field(default_factory=lambda: [-1])
-    """Number of layers on each IPU of a replica, e.g. [3, 7, 7, 7]; IPUs with -1 share the remaining
-    layers equally. Blocks before the layers are placed on the first IPU, blocks after them on the
-    last."""
+    """Number of layers on each IPU of a replica, e.g. [3, 7, 7, 7]; IPUs with -1 share the
+    remaining layers equally. Blocks before the layers are placed on the first IPU, blocks after
+    them on the last."""
     replication_factor: int = 1
     """Number of copies of the training pipeline; each processes its own shard of the data."""
     gradient_accumulation_steps: int = 1
@@ -60,8 +60,8 @@ class IPUConfig:
     device_iterations: int = 1
     """Weight updates per call from the host."""
     matmul_proportion: Union[float, List[float]] = 0.2
-    """Fraction of the memory of an IPU for temporary data of matrix multiplications: one value, or one
-    per IPU."""
+    """Fraction of the memory of an IPU for temporary data of matrix multiplications: one value, or
+    one per IPU."""
     inference_layers_per_ipu: Optional[List[int]] = None
     """layers_per_ipu for evaluation and prediction; null uses layers_per_ipu."""
     inference_replication_factor: int = 1

@@ -31,13 +31,14 @@ NOT_SUPPORTED = {
 }
 """Fields that raise an error, each with the fix."""
 
+NO_OUTPUT_LAYER = "the model has no output layer over the vocabulary"
 WITHOUT_EFFECT = {
     "parallelize_kwargs": "the model is not rebuilt by `parallelize`",
     "inference_parallelize_kwargs": "the model is not rebuilt by `parallelize`",
-    "projection_serialization_factor": "the model has no output layer over the vocabulary",
-    "inference_projection_serialization_factor": "the model has no output layer over the vocabulary",
-    "serialized_projection_splits_per_ipu": "the model has no output layer over the vocabulary",
-    "inference_serialized_projection_splits_per_ipu": "the model has no output layer over the vocabulary",
+    "projection_serialization_factor": NO_OUTPUT_LAYER,
+    "inference_projection_serialization_factor": NO_OUTPUT_LAYER,
+    "serialized_projection_splits_per_ipu": NO_OUTPUT_LAYER,
+    "inference_serialized_projection_splits_per_ipu": NO_OUTPUT_LAYER,
     "use_popdist": "PopDist is used if poprun started the process",
 }
 """Fields without effect, each with the reason."""

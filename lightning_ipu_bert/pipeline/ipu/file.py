@@ -22,8 +22,8 @@ def read_values(source: Source) -> Mapping[str, Any]:
     """Return the fields that are set in a source.
 
     Args:
-        source: A file, a folder, a hub name or a mapping of fields; e.g. "Graphcore/bert-large-ipu",
-            or "runs/squad" after a run.
+        source: A file, a folder, a hub name or a mapping of fields; e.g.
+            "Graphcore/bert-large-ipu", or "runs/squad" after a run.
 
     Raises:
         UserError: If the file does not exist or cannot be read.
@@ -58,5 +58,7 @@ def _read(source: str) -> Dict[str, Any]:
             "Graphcore/bert-large-ipu."
         ) from error
     if not isinstance(values, dict):
-        raise UserError(f"'{path}' does not contain the fields of an IPU config. Pass a {FILE_NAME}.")
+        raise UserError(
+            f"'{path}' does not contain the fields of an IPU config. Pass a {FILE_NAME}."
+        )
     return values

@@ -18,7 +18,7 @@ MAX_IPUS = 64
 
 
 class ProgramConfig(NamedTuple):
-    """Configuration of one program: training and inference are two programs with a pipeline each."""
+    """Configuration of a program; training and inference have one each."""
 
     training: bool
     shape: PipelineShape

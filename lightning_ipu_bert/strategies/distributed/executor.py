@@ -82,7 +82,7 @@ class TorchPipelineExecutor:
         return [parameter for stage in self.stages for parameter in stage.parameters()]
 
     def loss(self, batch: Any) -> Tensor:
-        """Return the mean loss; if gradients are enabled, run forward and backward of all stages."""
+        """Return the mean loss; run all backwards, too, if gradients are enabled."""
         if not torch.is_grad_enabled():
             loss: Tensor = self.model.pipeline_loss(self.output(batch), batch)
             return loss

@@ -29,7 +29,7 @@ def loader_of_replica(loader: object, batches: BatchAlgebra, training: bool) -> 
     """Return a loader sharded over replicas, without repeated examples in evaluation.
 
     Lightning's sampler for evaluation repeats examples so that all replicas have the same number,
-    and their scores would count twice. Replicas of a pipeline may have different numbers of batches.
+    and their scores would count twice. Replicas may have different numbers of batches.
 
     Args:
         loader: The loader as created by the Trainer.

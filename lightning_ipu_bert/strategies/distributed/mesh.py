@@ -17,12 +17,13 @@ class Mesh:
     | dimension | size | splits | what is communicated, and when |
     |---|---|---|---|
     | `replica` | replication_factor | the examples of a global batch | ranks with the same
-      stages: weights in `setup`, gradients and updated shards (RTS) once per update, metrics (`reduce`, `all_gather`) |
+      stages: weights in `setup`, gradients and updated shards (RTS) per update, metrics (`reduce`,
+      `all_gather`) |
     | `pipeline` | stages / stages_per_rank | the blocks of the model | ranks of one replica: hidden
       states and their gradients per micro-batch, loss and output per batch, the gradient norm for
       clipping per update, the state dict per checkpoint |
 
-    All ranks: barriers, decisions (early stopping, signals) and the optimizer state of a checkpoint.
+    All ranks: barriers, decisions (early stopping, signals), optimizer state of checkpoints.
     """
 
     replica: int

@@ -30,7 +30,7 @@ from lightning_ipu_bert.strategies.distributed.throughput import count_replicas
 
 
 class Run:
-    """A fit, validate, test or predict: created in `setup` of the strategy, dropped in `teardown`."""
+    """A fit, validate, test or predict: created in `setup`, dropped in `teardown`."""
 
     def __init__(self, trainer: Trainer, module: Any, ranks: Ranks, device: torch.device) -> None:
         """Create the run; model and Trainer are not modified yet.
@@ -53,7 +53,7 @@ class Run:
         """By id of the optimizer."""
         self.signals = signals_of_ranks(ranks.environment, device, ranks.end_at_once)
         self.failed = False
-        """Whether other ranks may be gone or at another point: collectives are no longer possible."""
+        """Whether collectives are impossible because other ranks may be gone."""
 
     def place(self, precision: Precision) -> None:
         """Keep the parameters of this rank, move them to the device, and create the executor."""

@@ -18,7 +18,7 @@ from typing_extensions import final, override
 
 from lightning_ipu_bert.pipeline.config import PipelineConfig
 from lightning_ipu_bert.pipeline.facts import StrategyFacts
-from lightning_ipu_bert.strategies.arguments import suggest_names, pipeline_config, plan_fields
+from lightning_ipu_bert.strategies.arguments import pipeline_config, plan_fields, suggest_names
 from lightning_ipu_bert.strategies.distributed import mesh
 from lightning_ipu_bert.strategies.distributed.checks import is_training
 from lightning_ipu_bert.strategies.distributed.gradients import averaged_after
@@ -33,7 +33,7 @@ from lightning_ipu_bert.training.termination import InterruptedBetweenSteps
 class PipelineParallelStrategy(ParallelStrategy):
     """Runs a LightningModule as a pipeline of stages, with replicas, on CPUs or GPUs.
 
-    The module must derive from `PipelineModule`. A batch of a loader is the batch of one replica per
+    The module must derive from `PipelineModule`. A batch of a loader is the batch of a replica per
     weight update: micro-batch x gradient_accumulation_steps examples.
     """
 
@@ -64,10 +64,10 @@ class PipelineParallelStrategy(ParallelStrategy):
         """Create the strategy.
 
         Args:
-            layers_per_stage: Number of layers on each stage, e.g. [3, 7, 7, 7]; stages with -1 share
-                the remaining layers equally. Default: equal stages on all devices.
-            replication_factor: Number of copies of the pipeline; each processes its own shard of the
-                data.
+            layers_per_stage: Number of layers on each stage, e.g. [3, 7, 7, 7]; stages with -1
+                share the remaining layers equally. Default: equal stages on all devices.
+            replication_factor: Number of copies of the pipeline; each processes its own shard of
+                the data.
             gradient_accumulation_steps: Micro-batches of a replica per weight update.
             stages_per_rank: Stages per process (looped: every n-th stage).
             schedule: Pipeline schedule: gpipe, 1f1b, interleaved_1f1b or zero_bubble.
@@ -75,8 +75,8 @@ class PipelineParallelStrategy(ParallelStrategy):
                 activations in the backward pass.
             replicated_tensor_sharding: Shard the optimizer state over the replicas (ZeRO stage 1).
             optimizer_state_offchip: Store the optimizer state in host memory.
-            ipu_config: As in `IPUStrategy`: sets the arguments above that are not given. IPU-specific
-                fields are ignored, so that a config can switch strategies by class_path.
+            ipu_config: As in `IPUStrategy`: sets the arguments above that are not given.
+                Other fields are ignored, so that a config can switch strategies by class_path.
             pod_type: Selects from values by pod type in ipu_config, e.g. pod16.
             loss_scaling: Ignored; used by `IPUStrategy` only.
             process_group_backend: Backend of torch.distributed; gloo on CPUs, NCCL on GPUs.

@@ -62,8 +62,8 @@ class IPUAccelerator(Accelerator):
             number = -1
         if number < 0:
             raise UserError(
-                f"devices={devices!r} must be a number of IPUs. Remove it to use as many as needed, or "
-                "set it to stages x replicas."
+                f"devices={devices!r} must be a number of IPUs. Remove it to use as many as "
+                "needed, or set it to stages x replicas."
             )
         return number
 

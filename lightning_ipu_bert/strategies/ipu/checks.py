@@ -74,7 +74,7 @@ def check_sdk(config: IPUConfig, plan: Plan, compile_only: bool) -> None:
 def programs_of(
     trainer: Trainer, config: IPUConfig
 ) -> Tuple[Optional[ProgramConfig], Optional[ProgramConfig]]:
-    """Return the training and the inference program, or None for a program the run does not need."""
+    """Return the training and the inference program, each None if the run does not need it."""
     trains = trainer.state.fn == TrainerFn.FITTING
     evaluates = not trains or trainer.enable_validation
     return config.training if trains else None, config.inference if evaluates else None
@@ -118,7 +118,7 @@ def trainer_rules(
             yield Violation(
                 name,
                 None,
-                f"overrides {hook}, but on IPUs gradients and updates are not available on the host",
+                f"overrides {hook}, but gradients and updates on IPUs are not on the host",
                 "Remove the override, or use another strategy.",
             )
     yield from refusals.callback_rules(trainer, refusals.ON_IPUS)

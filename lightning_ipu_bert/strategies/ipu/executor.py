@@ -99,7 +99,7 @@ class IPUExecutor:
         assert self.optimizer is not None
         self.optimizer.refresh(program.poplar)  # after attaching, so that it is sent immediately
         result = program.poplar(*tensors)
-        self.programs.trained()
+        self.programs.versions.trained()
         self.ran_in_step = True
         return bridged_to(mean_loss(result, self.config), refuse_factor)
 

@@ -1,4 +1,4 @@
-"""What programs run on: enough IPUs of a kind that they are made for, and poprun's replicas."""
+"""Checks of the hardware: number and version of IPUs, and the replicas of poprun."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 from lightning_ipu_bert.strategies.ipu.sdk import import_popdist, import_poptorch
 
 VERSIONS = {2: "Mk2", 21: "C600"}
-"""By `poptorch.ipuHardwareVersion`."""
+"""`poptorch.ipuHardwareVersion`: name."""
 SIMULATIONS = ("POPTORCH_IPU_MODEL", "POPTORCH_SMALL_IPU_MODEL")
-"""With one of these variables PopTorch runs on the CPU, and says that there are no IPUs."""
+"""Environment variables with which PopTorch runs on the CPU and reports no IPUs."""
 
 
 def check_hardware(ipus: int) -> None:
-    """Check that there are IPUs to run on.
+    """Check that enough IPUs of a supported version are available.
 
     Args:
-        ipus: How many the largest program needs.
+        ipus: Number of IPUs of the largest program.
 
     Raises:
-        UserError: If there are too few, or of a kind that programs are not made for.
+        UserError: If there are not.
     """
     if any(os.environ.get(name, "0") not in ("", "0") for name in SIMULATIONS):
         return
     poptorch: Any = import_poptorch()
     if not poptorch.ipuHardwareIsAvailable():
         raise UserError(
-            "There are no IPUs on this machine (`gc-info -l` lists them). Set POPTORCH_IPU_MODEL=1 "
-            "to try a small program on a simulation, or compile_only to compile for later."
+            "No IPUs are available on this machine (`gc-info -l` lists them). Set "
+            "POPTORCH_IPU_MODEL=1 to simulate a small program, or compile_only to compile only."
         )
     version = poptorch.ipuHardwareVersion()
     if version not in VERSIONS:
         known = " or ".join(f"{number} ({name})" for number, name in VERSIONS.items())
         raise UserError(
-            f"The IPUs of this machine are of version {version}, and programs need {known}. Use "
-            "a machine that has them."
+            f"The IPUs on this machine have version {version}, but programs need {known}. Use "
+            "another machine."
         )
     if not poptorch.ipuHardwareIsAvailable(1 << (ipus - 1).bit_length()):
         raise UserError(
-            f"The plan needs {ipus} IPUs, and this machine does not have so many together "
-            "(`gc-info -l` lists them). Use fewer stages or replicas, or a larger partition."
+            f"The plan needs {ipus} IPUs, but this machine has no such group of IPUs (`gc-info -l` "
+            "lists them). Use fewer stages or replicas, or a larger partition."
         )
 
 
 def check_poprun(config: IPUConfig) -> None:
-    """Check that poprun's processes hold the replicas of the plan, and begin with the same weights.
+    """Check the replicas per process of poprun, and that processes start with the same weights.
 
     Raises:
         UserError: If they do not.
@@ -59,12 +59,11 @@ def check_poprun(config: IPUConfig) -> None:
     for name in ("replication_factor", "inference_replication_factor"):
         if vars(config)[name] != replicas:
             raise UserError(
-                f"{name}={vars(config)[name]}, and poprun gives each process {replicas} "
-                f"replicas. Set it to {replicas}, or give poprun other --num-replicas or "
-                "--num-instances."
+                f"{name}={vars(config)[name]} must be {replicas}, the replicas per process of "
+                f"poprun. Set it to {replicas}, or change --num-replicas or --num-instances."
             )
     if popdist.getNumInstances() > 1 and not os.environ.get("PL_GLOBAL_SEED"):
         raise UserError(
-            f"poprun has started {popdist.getNumInstances()} processes, and without a seed each "
-            "begins with weights of its own. Set seed_everything."
+            f"poprun has started {popdist.getNumInstances()} processes, which without a seed start "
+            "with different weights. Set seed_everything."
         )

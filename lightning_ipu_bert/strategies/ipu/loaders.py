@@ -95,6 +95,6 @@ def _print_dropped(examples: int, host_batch_size: int) -> None:
     calls, remainder = divmod(examples, host_batch_size)
     if remainder:
         rank_zero_info(
-            f"{remainder:,} of {examples:,} training examples are dropped in each epoch: the last batch "
-            f"of {host_batch_size} is incomplete ({calls:,} batches are complete)."
+            f"{remainder:,} of {examples:,} training examples are dropped in each epoch: the last "
+            f"batch of {host_batch_size} is incomplete ({calls:,} batches are complete)."
         )

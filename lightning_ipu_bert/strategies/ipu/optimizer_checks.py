@@ -82,7 +82,9 @@ def _number_rules(optimizer: Optimizer) -> Iterator[Violation]:
         if not group.get("eps", 1.0) > 0:
             yield Violation("eps", group["eps"], "must be above 0 on IPUs", "E.g. 1e-8.")
         if isinstance(group["lr"], Tensor):
-            yield Violation("lr", None, "is a tensor, but PopTorch requires a number", "Pass a float.")
+            yield Violation(
+                "lr", None, "is a tensor, but PopTorch requires a number", "Pass a float."
+            )
 
 
 def _clips_as_torch_does(optimizer: Optimizer) -> bool:

@@ -127,7 +127,7 @@ class Run:
 
     def _weights_were_loaded(self, *_: Any) -> None:
         if self.executor is not None:
-            self.executor.programs.host_changed()
+            self.executor.programs.versions.host_changed()
 
     def read_ipu_entry(self, checkpoint: Mapping[str, Any]) -> None:
         """Read the IPU entry of a checkpoint, if it has one.

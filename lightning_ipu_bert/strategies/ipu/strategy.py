@@ -23,7 +23,7 @@ from lightning_ipu_bert.pipeline.ipu.fields import PLAN_FIELDS
 from lightning_ipu_bert.pipeline.ipu.file import read_values
 from lightning_ipu_bert.pipeline.ipu.program import rank_only_rules
 from lightning_ipu_bert.pipeline.rules import enforce
-from lightning_ipu_bert.strategies.arguments import suggest_names, plan_fields
+from lightning_ipu_bert.strategies.arguments import plan_fields, suggest_names
 from lightning_ipu_bert.strategies.ipu import checkpoints
 from lightning_ipu_bert.strategies.ipu.accelerator import IPUAccelerator, expand
 from lightning_ipu_bert.strategies.ipu.console import overridden_fields
@@ -70,8 +70,8 @@ class IPUStrategy(ParallelStrategy):
         """Create the strategy; does not require an IPU yet.
 
         Args:
-            layers_per_stage: Number of layers on each IPU, e.g. [3, 7, 7, 7]; IPUs with -1 share the
-                remaining layers equally. Null uses ipu_config, as for the next five.
+            layers_per_stage: Number of layers on each IPU, e.g. [3, 7, 7, 7]; IPUs with -1
+                share the remaining layers equally. Null uses ipu_config, as for the next five.
             replication_factor: Number of copies of the training pipeline.
             gradient_accumulation_steps: Micro-batches of a replica per weight update.
             recompute_checkpoint_every_layer: Store only the outputs of layers and recompute their
@@ -133,7 +133,7 @@ class IPUStrategy(ParallelStrategy):
 
     @property
     def is_distributed(self) -> bool:
-        """Whether data is sharded over processes: in training only; all processes evaluate all data."""
+        """Whether data is sharded over processes: in training only."""
         trainer = trainer_of(self.lightning_module)
         return self.world_size > 1 and trainer is not None and bool(trainer.training)
 

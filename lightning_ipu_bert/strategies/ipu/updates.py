@@ -36,8 +36,8 @@ class UpdatesOfACall(Callback):
             rank_zero_info(f"Total optimization steps: {pl_module.estimated_updates():,}")
         if self._updates > 1:
             rank_zero_info(
-                f"With device_iterations={self._updates} a batch is {self._updates} weight updates. For "
-                "the length of a schedule use self.estimated_updates() instead of "
+                f"With device_iterations={self._updates} a batch is {self._updates} updates. "
+                "For the length of a schedule use self.estimated_updates() instead of "
                 "trainer.estimated_stepping_batches, which counts batches."
             )
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_ipu_bert.strategies.distributed import embeddings
-from lightning_ipu_bert.strategies.distributed.embeddings import rows_added_in_place
+from lightning_ipu_bert.strategies.distributed.embeddings import accumulated_in_place
 
 IDS = torch.tensor([[[4, 1, 4], [0, 2, 4]], [[0, 0, 3], [1, 1, 4]]])
 """Two micro-batches with repeated words and padding."""
@@ -37,7 +37,7 @@ def all_are_large(monkeypatch):
 @pytest.mark.parametrize("padding_idx", [None, 0, 4])
 def test_they_equal_autograds(padding_idx, all_are_large):
     stage = Stage(padding_idx=padding_idx)
-    with rows_added_in_place([stage]):
+    with accumulated_in_place([stage]):
         assert "AddRows" in names_of_graph(stage.table(IDS[0]).grad_fn)
         found = gradient_of(stage)
     torch.testing.assert_close(found, gradient_of(Stage(padding_idx=padding_idx)))
@@ -48,7 +48,7 @@ def test_a_users_hook_on_the_lookup_counts(all_are_large):
     stages = Stage(), Stage()
     for stage in stages:
         stage.table.register_forward_hook(lambda _, args, rows: 3 * rows)
-    with rows_added_in_place([stages[0]]):
+    with accumulated_in_place([stages[0]]):
         found = gradient_of(stages[0])
     torch.testing.assert_close(found, gradient_of(stages[1]))
 
@@ -81,7 +81,7 @@ SPECIAL = {
 def test_special_tables_are_left_alone(special, all_are_large):
     stage = Stage()
     SPECIAL[special](stage)
-    with rows_added_in_place([stage]):
+    with accumulated_in_place([stage]):
         assert "AddRows" not in names_of_graph(stage.table(IDS[0]).grad_fn)
 
 
@@ -89,7 +89,7 @@ def test_small_tables_are_left_alone(monkeypatch):
     stage = Stage()
     for large, replaced in ((30, True), (31, False)):
         monkeypatch.setattr(embeddings, "LARGE", large)
-        with rows_added_in_place([stage]):
+        with accumulated_in_place([stage]):
             assert ("AddRows" in names_of_graph(stage.table(IDS[0]).grad_fn)) is replaced
 
 

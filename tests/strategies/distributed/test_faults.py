@@ -4,7 +4,7 @@ import random
 import time
 
 import pytest
-from kill_ranks import begin_run, kill_once, lines_naming, losses_in, train_unharmed
+from jobs import begin_run, kill_once, lines_naming, losses_in, train_unharmed
 from model_helpers import needs_pipelining
 
 pytestmark = needs_pipelining

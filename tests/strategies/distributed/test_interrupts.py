@@ -1,12 +1,11 @@
 """Ctrl-C: the first one ends a run between two steps, and saves; a second one ends it at once."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from kill_ranks import losses_in
+from forked_script import run_script
+from jobs import losses_in
 from model_helpers import needs_pipelining
 from test_faults import start
 
@@ -71,12 +70,5 @@ def test_before_the_first_step_it_ends_at_once(rank, tmp_path):
 def test_a_notebook_goes_on(how, tmp_path):
     """Ranks are forked: see the script for what must hold afterwards."""
     script = Path(__file__).parents[1] / "interrupted_notebook_script.py"
-    done = subprocess.run(
-        [sys.executable, str(script), how],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        start_new_session=True,
-    )
-    assert done.stdout.splitlines()[-1:] == ["all is well"], done.stdout + done.stderr
+    done = run_script(script, how, folder=tmp_path)
+    assert done.output.splitlines()[-1:] == ["all is well"], done.output

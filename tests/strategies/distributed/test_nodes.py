@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from forked_script import run_script
 from model_helpers import needs_pipelining
 from node_script import train
 from ranks import free_port, run_ranks
@@ -136,7 +137,5 @@ def test_slurm_computes_what_lightnings_own_ranks_do(tmp_path):
 
 def test_ranks_forked_in_a_notebook_give_the_weights_back(tmp_path):
     script = Path(SCRIPT).with_name("notebook_script.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert "the same weights" in done.stdout, done.stderr
+    done = run_script(script, folder=tmp_path)
+    assert "the same weights" in done.output, done.output

@@ -1,14 +1,12 @@
 """What belongs to a run ends with it: also where all ranks raise, and somebody goes on."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from forked_script import run_script
 from language_model import LanguageModel
 from model_helpers import make_trainer, needs_pipelining
 from ranks import run_ranks
@@ -56,15 +54,9 @@ def test_weights_are_whole_after_an_exception_and_after_the_next_fit(start, tmp_
     if start == "fork":
         found = run_ranks(4, run_twice, TWO_BY_TWO, tmp_path)
     else:
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr
+        done = run_script(SCRIPT, str(tmp_path), folder=tmp_path)
+        assert done.returncode == 0, done.output
+        assert "Traceback" not in done.output
         found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for states in found:
         for state, truth in zip(states, truths):

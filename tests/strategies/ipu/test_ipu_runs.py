@@ -1,10 +1,8 @@
 """Whole runs by config: the shipped YAMLs, the console, compiling alone, and other people's use."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import poptorch
 import pytest
 import torch
 import yaml
+from forked_script import run_script
 from ipu_runs import ipu_strategy, ipu_trainer, loader, with_adamw
 from language_model import LanguageModel, Sentences
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -25,6 +24,8 @@ from lightning_ipu_bert.commands.export import export
 from lightning_ipu_bert.pipeline.ipu.file import read_values
 from lightning_ipu_bert.pipeline.ipu.program import program_rules
 from lightning_ipu_bert.pipeline.plan import layer_rules
+
+CLI = Path(__file__).parents[2] / "cli_script.py"
 
 CONFIGS = sorted(
     path.stem
@@ -97,17 +98,10 @@ def test_the_flags_of_the_error_run_the_same_plan_without_ipus(in_folder, monkey
     assert ended.value.code == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     flags = re.search(r"without IPUs: (.*) \(on GPUs", line).group(1)
-    command = [sys.executable, "-m", "lightning_ipu_bert", "fit", "--config", "ipu_debug"]
-    done = subprocess.run(
-        [*command, *TINY, *shlex.split(flags)],
-        cwd=in_folder,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "(3 steps)" in done.stderr
+    words = ["fit", "--config", "ipu_debug", *TINY, *shlex.split(flags)]
+    done = run_script(CLI, *words, folder=in_folder, timeout=240)
+    assert done.returncode == 0, done.output
+    assert "(3 steps)" in done.output
 
 
 @pytest.mark.parametrize("name", CONFIGS)

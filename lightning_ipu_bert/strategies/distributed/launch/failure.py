@@ -1,4 +1,4 @@
-"""Failures of ranks: whether all ranks failed with the same error, and reports of other failures."""
+"""Failures of ranks: whether all ranks raised the same error, and how others are reported."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ AGREEMENT_SECONDS = 3.0
 def all_failed_equally(exception: BaseException, launch: int) -> bool:
     """Return whether all ranks raised the same exception.
 
-    Then no rank is inside a collective, the weights can be gathered, and the exception can be caught
-    and followed by another run. Uses no collective, which could hang.
+    Then no rank is inside a collective, the weights can be gathered, and the exception can be
+    caught and followed by another run. Uses no collective, which could hang.
 
     Args:
         exception: The exception of this rank.

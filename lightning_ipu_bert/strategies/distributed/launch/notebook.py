@@ -101,7 +101,9 @@ class Interruptible:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the entry point."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # instead of the handler of the notebook
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # instead of the handler of the notebook
         try:
             return self._function(*args, **kwargs)
         except InterruptedBetweenSteps as exception:

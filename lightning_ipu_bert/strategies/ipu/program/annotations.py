@@ -1,6 +1,6 @@
-"""Stages on IPUs: the blocks of a model are annotated while PopTorch traces it, and only then.
+"""Annotations of stages on IPUs, which exist only while PopTorch traces the model.
 
-Nothing is replaced: every parameter keeps its identity and its name.
+Modules are not replaced: all parameters keep their identity and name.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
 @contextmanager
 def annotated(module: nn.Module, plan: Plan, program: ProgramConfig) -> Iterator[None]:
-    """Let a model be traced as stages within the block.
+    """Annotate stages and recomputation within the context.
 
     Args:
-        module: Holds the blocks under their names.
-        plan: Says which blocks each IPU holds, and whether layers are recomputed.
-        program: Training or inference.
+        module: Contains the blocks by name.
+        plan: The plan of the run.
+        program: The program to compile.
     """
     poptorch = import_poptorch()
     stages = plan.of(program.training).stages
@@ -38,7 +38,7 @@ def annotated(module: nn.Module, plan: Plan, program: ProgramConfig) -> Iterator
                 poptorch.BeginBlock(block, name, ipu_id=ipu)
                 undo.callback(poptorch.removeBlocks, block)
         if plan.recompute and program.training:
-            for name in plan.layers[:-1]:  # what follows the last layer keeps its output
+            for name in plan.layers[:-1]:  # the output of the last layer is stored anyway
                 hook = module.get_submodule(name).register_forward_hook(_keep_output)
                 undo.callback(hook.remove)
         if program.embedding_serialization_factor > 1:
@@ -56,11 +56,11 @@ def _keep_output(module: nn.Module, inputs: Any, output: Any) -> Any:
 
 @contextmanager
 def serialized(table: nn.Embedding, factor: int) -> Iterator[None]:
-    """Let an embedding table be read in parts within the block.
+    """Serialize the lookup in an embedding table within the context.
 
     Args:
-        table: Is not changed but for its forward.
-        factor: How many equal parts.
+        table: The table, of which only `forward` is replaced.
+        factor: Number of equal parts.
 
     Raises:
         UserError: If the factor does not divide the rows.
@@ -70,22 +70,22 @@ def serialized(table: nn.Embedding, factor: int) -> Iterator[None]:
     try:
         yield
     finally:
-        del table.forward  # the class's own shows again
+        del table.forward  # restores the method of the class
 
 
 def lookup_in_parts(table: nn.Embedding, factor: int, ids: Tensor) -> Tensor:
-    """Return the rows of `ids` as the table itself does; each part is read by a lookup of its own.
+    """Return the rows of `ids` like the table itself, with a separate lookup for each part.
 
-    The parts are slices of one parameter, which stays what it is; how much memory on the IPU that
-    saves has not been measured.
+    The parts are slices of a single parameter; how much memory this saves on IPUs has not been
+    measured.
 
     Args:
         table: [V, D]
         factor: Number of parts.
-        ids: Any shape, each in [0, V).
+        ids: Indices in [0, V), of any shape.
 
     Returns:
-        The shape of `ids` and [D].
+        The rows, of shape [*ids.shape, D].
     """
     rows = table.num_embeddings // factor
     total: Optional[Tensor] = None
@@ -104,7 +104,7 @@ def lookup_in_parts(table: nn.Embedding, factor: int, ids: Tensor) -> Tensor:
 
 
 def _padding_in(padding_idx: Optional[int], part: int, rows: int) -> Optional[int]:
-    """Return where the padding's row lies within a part, if it does. 0 is a row as any other."""
+    """Return the index of the padding row within a part, or None if it is in another part."""
     if padding_idx is None or padding_idx // rows != part:
         return None
     return padding_idx - part * rows
@@ -120,6 +120,6 @@ def _largest_table(module: nn.Module, blocks: Sequence[str]) -> nn.Embedding:
     if not tables:
         raise UserError(
             f"embedding_serialization_factor is set, and the first stage ({', '.join(blocks)}) "
-            "has no embedding table. Leave it out."
+            "has no embedding table. Remove it."
         )
     return max(tables, key=lambda table: table.num_embeddings)

@@ -1,4 +1,4 @@
-"""A program, the batches that it was compiled for, and how other batches are made to fit."""
+"""A compiled program, and how batches are checked and padded for it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lightning_ipu_bert.strategies.ipu.program.network import BatchLayout
 
 
 class CompiledProgram:
-    """A program of PopTorch, and what it was compiled for."""
+    """A program of PopTorch, with the structure and size of its batches."""
 
     def __init__(
         self, config: ProgramConfig, poplar: Any, batch_size: int, layout: BatchLayout
     ) -> None:
-        """Create one; it is not compiled yet.
+        """Create a program that is not compiled yet.
 
         Args:
-            config: What was asked for.
-            poplar: PopTorch's executor.
-            batch_size: Examples of a call.
-            layout: Of its batches.
+            config: Configuration of the program.
+            poplar: The executor of PopTorch.
+            batch_size: Examples per call.
+            layout: Layout of its batches.
         """
         self.config = config
         self.poplar = poplar
@@ -34,39 +34,39 @@ class CompiledProgram:
         self.shapes: List[Tuple[torch.Size, torch.dtype]] = []
 
     def attach(self) -> bool:
-        """Take the IPUs; return whether it had none. The weights come with it."""
+        """Attach to IPUs, which copies the weights; return whether it was detached before."""
         fresh = not self.poplar.isAttachedToDevice()
         if fresh:
             self.poplar.attachToDevice()
         return bool(fresh)
 
     def detach(self) -> None:
-        """Give the IPUs back; weights, optimizer state and random state come to the host first."""
+        """Copy weights, optimizer state and random state to the host, and detach from IPUs."""
         if self.poplar.isCompiled() and self.poplar.isAttachedToDevice():
             self.poplar.detachFromDevice()
 
     def check(self, batch: Any, tensors: Sequence[Tensor]) -> None:
-        """Check that a batch is as those that were compiled for.
+        """Check the structure and shapes of a batch.
 
         Raises:
-            UserError: If it is not.
+            UserError: If they differ from those that the program was compiled for.
         """
         if BatchLayout.of(batch) != self.layout:
             raise UserError(
                 "A batch has other entries than the first one, for which the program was compiled. "
-                "Let all loaders of a run give batches of one structure."
+                "All loaders of a run must return batches of the same structure."
             )
         for found, expected in zip(examples_of(tensors), self.shapes):
             if found != expected:
                 raise UserError(
-                    f"A batch has examples of shape {list(found[0])} ({found[1]}), and the program "
-                    f"was compiled for {list(expected[0])} ({expected[1]}). IPUs take one shape: "
-                    "pad all examples to one length."
+                    f"A batch has examples of shape {list(found[0])} ({found[1]}), but the program "
+                    f"was compiled for {list(expected[0])} ({expected[1]}). Pad all examples to "
+                    "the same length."
                 )
 
 
 def padded(tensors: Sequence[Tensor], first: int, size: int) -> List[Tensor]:
-    """Return `size` examples from `first` on; where they end, the last one is repeated."""
+    """Return `size` examples starting at `first`, padded by repeating the last one."""
     if not first and len(tensors[0]) == size:
         return list(tensors)
     index = torch.arange(first, first + size).clamp(max=len(tensors[0]) - 1)
@@ -74,12 +74,12 @@ def padded(tensors: Sequence[Tensor], first: int, size: int) -> List[Tensor]:
 
 
 def normal(tensors: Sequence[Tensor]) -> List[Tensor]:
-    """Return tensors that a trace can use; Lightning evaluates in inference mode."""
+    """Return tensors that can be traced; Lightning evaluates in inference mode."""
     return [tensor.clone() if tensor.is_inference() else tensor for tensor in tensors]
 
 
 def as_float32(output: Any) -> Any:
-    """Return an output with float32 for float16: CPUs compute little in it, losses get coarse."""
+    """Convert float16 tensors of an output to float32, in which CPUs compute losses precisely."""
     return map_tree(
         output,
         lambda x: x.float() if isinstance(x, Tensor) and x.dtype == torch.float16 else x,
@@ -87,5 +87,5 @@ def as_float32(output: Any) -> Any:
 
 
 def examples_of(tensors: Sequence[Tensor]) -> List[Tuple[torch.Size, torch.dtype]]:
-    """Return what all batches of a program share: the shape of an example, and its type."""
+    """Return shape and dtype of an example, which are equal in all batches of a program."""
     return [(tensor.shape[1:], tensor.dtype) for tensor in tensors]

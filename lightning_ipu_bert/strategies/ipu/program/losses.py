@@ -1,4 +1,4 @@
-"""The loss of a training step: what of it the IPUs computed, and what they cannot follow."""
+"""The loss of a training step, and checks that its gradients are computed on the IPUs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 
 
 def mean_loss(result: Tensor, config: IPUConfig) -> Tensor:
-    """Return the mean over what a training call returns.
+    """Return the mean of the losses that a training call returns.
 
     Args:
-        result: Losses by `config.output_mode`: sums over a replica's micro-batches, [R]; all of
-            them, [D x A x R]; or the last one of each replica, [R].
-        config: Says how many there are.
+        result: Losses by `config.output_mode`: sums over the micro-batches of a replica, [R]; one
+            per micro-batch, [D x A x R]; or the last one of each replica, [R].
+        config: The configuration.
     """
     total = result.detach().float()
     if config.output_mode == "sum":
@@ -26,16 +26,16 @@ def mean_loss(result: Tensor, config: IPUConfig) -> Tensor:
 
 
 def refuse_factor(incoming: Tensor) -> None:
-    """Refuse a loss that was scaled after `run_loss`: the weights have changed by then."""
+    """Raise an error if the loss was scaled after `run_loss`, which updates the weights."""
     if float(incoming) != 1.0:
         raise UserError(
-            f"The loss was multiplied by {float(incoming):g} after run_loss, and on IPUs the "
-            "update is done by then. Scale it in pipeline_loss."
+            f"The loss was multiplied by {float(incoming):g} after run_loss, but on IPUs run_loss "
+            "updates the weights. Scale it in pipeline_loss."
         )
 
 
 def refuse_other_losses(loss: Tensor) -> None:
-    """Refuse a loss that has parts which the IPUs did not compute: nobody would follow them.
+    """Raise an error if the loss has parts whose gradients are not computed on the IPUs.
 
     Raises:
         UserError: If it depends on a parameter on the host.
@@ -46,10 +46,10 @@ def refuse_other_losses(loss: Tensor) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        # Of all nodes only those that accumulate gradients have a variable.
+        # Only nodes that accumulate gradients have a variable.
         if isinstance(getattr(node, "variable", None), torch.nn.Parameter):
             raise UserError(
-                "The loss of training_step has a part that run_loss did not compute, and its "
-                "gradients would not reach the IPUs. Put it into pipeline_loss."
+                "The loss of training_step has a part that is not computed by run_loss, whose "
+                "gradients would not reach the IPUs. Compute it in pipeline_loss."
             )
         todo += [child for child, _ in node.next_functions]

@@ -1,7 +1,7 @@
-"""What PopTorch traces: a plain module of tensors in and tensors out around a model's blocks.
+"""The module that PopTorch traces: tensors in, tensors out, around the blocks of a model.
 
-Not the LightningModule itself: tracing would run its steps once and freeze what they log, and move
-its metrics to the IPU.
+The LightningModule itself is not traced: its steps would run only once, logged values would be
+constant, and metrics would be moved to the IPU.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
 
 class OnHost:
-    """Stands for what in a batch is not a tensor, and so not on the IPUs."""
+    """Placeholder for values of a batch that are not tensors and not on the IPUs."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise UserError(
-            "stage_forward or pipeline_loss uses something of the batch that is no tensor: on IPUs "
-            "it would be frozen as it was in the first batch. Make it a tensor with a value for "
-            "each example, or keep it in the module."
+            "stage_forward or pipeline_loss uses a value of the batch that is not a tensor: on "
+            "IPUs it would be a constant from the first batch. Make it a tensor with one value per "
+            "example, or store it in the module."
         )
 
     __bool__ = __len__ = __iter__ = __getitem__ = __float__ = __int__ = __index__ = _refuse
@@ -38,10 +38,10 @@ class OnHost:
 
 
 class BatchLayout(NamedTuple):
-    """Where the tensors of a batch are. All else in it stays on the host."""
+    """Positions of the tensors in a batch. Other values remain on the host."""
 
     structure: Any
-    """The batch with True in the place of tensors and False in the place of all else."""
+    """The batch with True for tensors and False for other values."""
 
     @classmethod
     def of(cls, batch: Any) -> BatchLayout:
@@ -49,7 +49,7 @@ class BatchLayout(NamedTuple):
         return cls(map_tree(batch, lambda leaf: isinstance(leaf, Tensor), sort_keys=True))
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
-        """Return a batch of these tensors; what is none of them refuses to be used."""
+        """Return a batch of these tensors; other values are `OnHost`."""
         given = iter(tensors)
         return map_tree(
             self.structure, lambda is_tensor: next(given) if is_tensor else OnHost(), sort_keys=True
@@ -60,53 +60,53 @@ def batch_tensors(batch: Any) -> List[Tensor]:
     """Return the tensors of a batch in the order of its layout.
 
     Raises:
-        UserError: If one has no dimension that counts the examples.
+        UserError: If the first dimension of a tensor is not the number of examples.
     """
-    # In one order, however a loader builds the batch: tensors are told apart by their place.
+    # Sorted, so that the order does not depend on how a loader builds the batch.
     tensors = tensors_of(map_tree(batch, lambda leaf: leaf, sort_keys=True))
     examples = count_examples(batch)
     for tensor in tensors:
         if not tensor.dim() or len(tensor) != examples:
             raise UserError(
                 f"A batch of {examples} examples has a tensor of shape {list(tensor.shape)}. On "
-                "IPUs the first dimension of every tensor counts the examples: repeat it for each, "
-                "or keep it in the module."
+                "IPUs the first dimension of every tensor must be the examples: repeat it for each,"
+                " or store it in the module."
             )
     return tensors
 
 
 class TracedNetwork(nn.Module):
-    """All blocks of a model under their names, and of the rest only its buffers."""
+    """The blocks of a model by name, and buffers outside of blocks."""
 
     def __init__(self, module: PipelineModule, layout: BatchLayout) -> None:
-        """Create what is traced.
+        """Create the module.
 
         Args:
             module: The LightningModule; its blocks are shared, not copied.
-            layout: Of the batches.
+            layout: Layout of the batches.
         """
         super().__init__()
-        self._host = (module,)  # in a tuple: it is no submodule of this one
+        self._host = (module,)  # in a tuple, so that it is not a submodule
         self._layout = layout
         for name in module.pipeline_blocks():
             _add_under(self, name, module.get_submodule(name))  # type: ignore[attr-defined]
         self._outside = list(_buffers_outside_blocks(module))
         for index, (owner, name) in enumerate(self._outside):
             self.register_buffer(f"outside_{index}", owner.get_buffer(name))
-        # Only its own: users may have put some blocks into evaluation mode.
+        # Not of the blocks, which users may have set to evaluation mode.
         self.training = module.training  # type: ignore[attr-defined]
 
     def _run(self, tensors: Tuple[Tensor, ...]) -> Tuple[Any, Any]:
-        """Run all blocks; return the last one's output and the batch."""
+        """Run all blocks; return the output of the last one and the batch."""
         module: Any = self._host[0]
         batch = self._layout.rebuild(tensors)
-        # What stage_forward makes on self.device is placed where the batch is.
+        # Tensors that stage_forward creates on self.device must be on the device of the batch.
         with on_device(module, tensors[0].device), every_block_called(module):
             return module.stage_forward(module.pipeline_blocks(), None, batch), batch
 
     @contextmanager
     def _buffers_lent(self) -> Iterator[None]:
-        """Let the model see its buffers as they are on the IPUs, such as weights of its loss."""
+        """Replace the buffers of the model by those on the IPUs within the context."""
         own = [owner.get_buffer(name) for owner, name in self._outside]
         try:
             for index, (owner, name) in enumerate(self._outside):
@@ -157,8 +157,8 @@ def every_block_called(module: Any) -> Iterator[None]:
     missing = [name for name in blocks if name not in called]
     if missing:
         raise UserError(
-            f"stage_forward does not call the block {missing[0]} as a module, so that IPUs cannot "
-            "place it. Call the submodule itself, block(hidden), and not parts of it."
+            f"stage_forward does not call the block {missing[0]} as a module, so it cannot be "
+            "placed on an IPU. Call the submodule itself, block(hidden), instead of parts of it."
         )
 
 
@@ -167,7 +167,7 @@ def _note(called: Set[str], name: str, module: nn.Module, inputs: Any) -> None:
 
 
 def _buffers_outside_blocks(module: Any) -> Iterator[Tuple[nn.Module, str]]:
-    """Find the buffers that belong to no block: the submodule that has each, and its name there."""
+    """Yield the buffers outside of blocks: the owning submodule and the name of the buffer."""
     inside = {
         id(part)
         for block in module.pipeline_blocks()
@@ -180,7 +180,7 @@ def _buffers_outside_blocks(module: Any) -> Iterator[Tuple[nn.Module, str]]:
 
 
 def _add_under(root: nn.Module, name: str, block: nn.Module) -> None:
-    """Put a block under a dotted name, so that its parameters are named as in the whole model."""
+    """Add a block under a dotted name, so that its parameters have the names of the model."""
     *path, last = name.split(".")
     owner = root
     for part in path:

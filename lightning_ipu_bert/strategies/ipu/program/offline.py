@@ -1,4 +1,4 @@
-"""Compiling for the next run, where there need be no IPUs."""
+"""Offline compilation for a later run, without IPUs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lightning_ipu_bert._compat.lightning import run_step_on_first_batch
 
 
 class CompiledOffline(SystemExit):
-    """Ends a step whose program was compiled only, and the run with code 0."""
+    """Ends a step after compilation, and the run with exit code 0."""
 
     def __init__(self) -> None:
-        """Create one."""
+        """Create the exception."""
         super().__init__(0)
 
 
 def compile_and_end(trainer: Trainer) -> None:
-    """Compile both programs of a `fit`, each by a step of the module, and end it.
+    """Compile both programs of `fit`, each by a step of the module, and end the run.
 
     Args:
-        trainer: Is about to train, and has its training loader.
+        trainer: The Trainer, whose training loader is set up.
 
     Raises:
         CompiledOffline: Always.
@@ -37,6 +37,6 @@ def compile_and_end(trainer: Trainer) -> None:
 
 
 def _step(trainer: Trainer, loop: Any, step: Callable[..., Any]) -> None:
-    """Run a step on the first batch as Lightning's loops would, up to what would run on IPUs."""
+    """Run a step on the first batch as in the loops of Lightning, up to the compilation."""
     with suppress(CompiledOffline):
         run_step_on_first_batch(trainer, loop, step)

@@ -1,12 +1,12 @@
-"""The optimizer on the IPUs, and the host's, whose numbers it follows.
+"""The optimizer on the IPUs, which follows the hyperparameters of the optimizer on the host.
 
-The module's own optimizer stays what schedulers, callbacks and checkpoints see; PopTorch gets one
-of its own kind with the same numbers. A checkpoint has torch's format: moments by parameter.
+Schedulers, callbacks and checkpoints use the optimizer of the module; PopTorch runs an optimizer of
+its own with the same hyperparameters. Checkpoints have the format of torch: moments by parameter.
 
 Source:
     PopTorch 3.4: optim.py, _optimizer_attributes.py, poptorch.cpp (readOptimizerState and
-    writeOptimizerState); PopART: patterns/adamdecompose.cpp. The moments are those of the unscaled
-    mean gradients, as torch's.
+    writeOptimizerState); PopART: patterns/adamdecompose.cpp. Moments are those of unscaled
+    mean gradients, as in torch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 from lightning_ipu_bert.strategies.update_hooks import around_update
 
-NUMBERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov")
-"""What torch's optimizers keep per group and PopTorch's have, too."""
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov")
+"""Hyperparameters of parameter groups that both torch and PopTorch have."""
 
 MOMENTS = {"Accl1___": "exp_avg", "Accl2___": "exp_avg_sq", "Step___": "step"}
 STATE_NAMES = {
@@ -30,40 +30,40 @@ STATE_NAMES = {
     "LAMB": MOMENTS,
     "SGD": {"Accl1___": "momentum_buffer"},
 }
-"""By kind: PopART's prefixes before a parameter's name, and torch's keys."""
+"""By optimizer: prefixes of PopART before the name of a parameter, and keys of torch."""
 
 
 class OptimizerOptions(NamedTuple):
-    """What PopTorch's optimizers have that torch's have not."""
+    """Options of PopTorch optimizers that torch optimizers do not have."""
 
     half_accumulators: bool = False
-    """Add micro-batches' gradients up as float16."""
+    """Accumulate gradients as float16."""
     half_momentum: bool = False
-    """Keep the first moments as float16."""
+    """Store first moments as float16."""
     loss_scaling: Optional[float] = None
-    """Factor of the loss while gradients are computed; PopTorch's own, 1, where None."""
+    """Factor of the loss while gradients are computed; None is 1."""
     max_grad_norm: Optional[float] = None
-    """Gradients are clipped to this norm; not at all where None."""
+    """Maximum norm of gradients; None disables clipping."""
     lamb: bool = False
-    """LAMB in place of AdamW."""
+    """Whether LAMB replaces AdamW."""
 
 
 def to_poptorch(optimizer: Optimizer, options: OptimizerOptions) -> Any:
-    """Return PopTorch's optimizer with the numbers of torch's.
+    """Return the PopTorch optimizer with the hyperparameters of a torch optimizer.
 
-    Every number is given by name: PopTorch compiles those that are left out as constants.
+    All hyperparameters are passed explicitly: PopTorch compiles omitted ones as constants.
 
     Args:
-        optimizer: One of `checks.OPTIMIZERS`.
-        options: What torch's does not know.
+        optimizer: One of `optimizer_checks.OPTIMIZERS`.
+        options: Options without a counterpart in torch.
     """
     kinds = import_poptorch().optim
     half, single = torch.float16, torch.float32
     momentum = half if options.half_momentum else single
     first = optimizer.param_groups[0]
-    arguments: Dict[str, Any] = {name: first[name] for name in NUMBERS if name in first}
+    arguments: Dict[str, Any] = {name: first[name] for name in HYPERPARAMETERS if name in first}
     for name in ("momentum", "dampening"):
-        if not arguments.get(name):  # given, even a 0 would be kept for each weight
+        if not arguments.get(name):  # if passed, even 0 allocates state for each weight
             arguments.pop(name, None)
     arguments["accum_type"] = half if options.half_accumulators else single
     if options.loss_scaling is not None:
@@ -76,61 +76,63 @@ def to_poptorch(optimizer: Optimizer, options: OptimizerOptions) -> Any:
         arguments["first_order_momentum_accum_type"] = momentum
         arguments["second_order_momentum_accum_type"] = single
     if "betas" in arguments:
-        arguments["betas"] = tuple(arguments["betas"])  # PopTorch takes no list
+        arguments["betas"] = tuple(arguments["betas"])  # PopTorch rejects lists
     return _kind(kinds, optimizer, options.lamb)(_groups(optimizer), **arguments)
 
 
 def _kind(kinds: Any, optimizer: Optimizer, lamb: bool) -> Any:
-    if isinstance(optimizer, AdamW):  # before Adam, its base in newer versions of torch
+    if isinstance(optimizer, AdamW):  # before Adam, its base class in newer versions of torch
         return kinds.LAMB if lamb else kinds.AdamW
     return kinds.Adam if isinstance(optimizer, Adam) else kinds.SGD
 
 
 def _groups(optimizer: Optimizer) -> List[Dict[str, Any]]:
-    return [{"params": group["params"], **_numbers(group)} for group in optimizer.param_groups]
+    return [
+        {"params": group["params"], **_hyperparameters(group)} for group in optimizer.param_groups
+    ]
 
 
-def _numbers(group: Mapping[str, Any]) -> Dict[str, Any]:
-    numbers = {name: group[name] for name in NUMBERS if name in group}
-    if "betas" in numbers:
-        numbers["betas"] = tuple(numbers["betas"])
-    return numbers
+def _hyperparameters(group: Mapping[str, Any]) -> Dict[str, Any]:
+    values = {name: group[name] for name in HYPERPARAMETERS if name in group}
+    if "betas" in values:
+        values["betas"] = tuple(values["betas"])
+    return values
 
 
 class IPUOptimizer:
-    """Both optimizers of a run: the host's, and the one that the IPUs run."""
+    """The optimizers of a run: on the host, and on the IPUs."""
 
     def __init__(self, host: Optimizer, module: nn.Module, options: OptimizerOptions) -> None:
-        """Create PopTorch's from the host's.
+        """Create the PopTorch optimizer from that of the host.
 
         Args:
-            host: The module's own.
-            module: Names the parameters.
-            options: What torch's does not know.
+            host: The optimizer of the module.
+            module: The module, for the names of parameters.
+            options: Options without a counterpart in torch.
         """
         self.host = host
         self.poptorch = to_poptorch(host, options)
-        # A look at a parameter, for a gradient that is never there, would fetch all weights.
+        # Accessing parameters, whose gradients are never set, would copy all weights to the host.
         vars(host)["zero_grad"] = _no_gradients
-        # The host's updates nothing, but counts its steps: schedulers look at that.
+        # The optimizer on the host has nothing to update, but schedulers read its step counter.
         self._groups = [list(group["params"]) for group in host.param_groups]
         self._detach = around_update(host, self._hide_parameters, self._show_parameters)
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._names = [names[id(p)] for group in host.param_groups for p in group["params"]]
         self._loaded: Dict[str, Dict[str, Any]] = {}
-        """State of a checkpoint by parameter, until there is a program to take it."""
+        """State of a checkpoint by parameter, until there is a program to write it to."""
 
     def refresh(self, poplar: Any) -> None:
-        """Send the host's numbers to the IPUs if they have changed."""
-        numbers = [_numbers(group) for group in self.host.param_groups]
-        if numbers == [_numbers(group) for group in self.poptorch.param_groups]:
+        """Send the hyperparameters to the IPUs if they have changed."""
+        values = [_hyperparameters(group) for group in self.host.param_groups]
+        if values == [_hyperparameters(group) for group in self.poptorch.param_groups]:
             return
-        for group, values in zip(self.poptorch.param_groups, numbers):
-            group.update(values)
+        for group, new in zip(self.poptorch.param_groups, values):
+            group.update(new)
         poplar.setOptimizer(self.poptorch)
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return the state in the format of the host's optimizer, on the CPU."""
+        """Return the state in the format of the optimizer on the host, on the CPU."""
         state = self.poptorch.state_dict().get("ipu_state")
         by_name = self._loaded if state is None or self._loaded else self._by_parameter(state)
         numbered = {
@@ -139,27 +141,27 @@ class IPUOptimizer:
         return {**self.host.state_dict(), "state": numbered}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take numbers at once, and moments as soon as there is a program."""
+        """Load hyperparameters immediately, and moments once there is a program."""
         self.host.load_state_dict({**state, "state": {}})
         self._loaded = {self._names[index]: entry for index, entry in state["state"].items()}
 
     def write_loaded_state(self) -> None:
-        """Give the moments of a checkpoint to the program that was just compiled.
+        """Write the moments of a checkpoint to the program that was just compiled.
 
-        PopTorch copies bytes without a look at shape or type, and crashes over missing entries: the
-        state that it has itself is filled in.
+        PopTorch copies bytes without checking shape or dtype, and crashes on missing entries:
+        entries that are not in the checkpoint keep their current value.
         """
         loaded, self._loaded = self._loaded, {}
         if not loaded:
-            return  # a look at the state would fetch it, and all weights
-        whole = self.poptorch.state_dict()
-        if whole.get("ipu_state") is None:
+            return  # accessing the state would copy it, and all weights
+        current = self.poptorch.state_dict()
+        if current.get("ipu_state") is None:
             return
-        filled = {key: self._filled(key, v, loaded) for key, v in whole["ipu_state"].items()}
-        self.poptorch.load_state_dict({**whole, "ipu_state": filled})
+        filled = {key: self._filled(key, v, loaded) for key, v in current["ipu_state"].items()}
+        self.poptorch.load_state_dict({**current, "ipu_state": filled})
 
-    def give_back(self) -> None:
-        """Leave numbers and state with the host's optimizer: the IPUs are about to be gone."""
+    def release(self) -> None:
+        """Copy hyperparameters and state to the optimizer on the host, before IPUs are released."""
         state = self.state_dict()
         self._detach()
         self._show_parameters()
@@ -167,7 +169,7 @@ class IPUOptimizer:
         self.host.load_state_dict({**state, "state": {}})
         parameters = [p for group in self.host.param_groups for p in group["params"]]
         for index, entry in state["state"].items():
-            # Not by load_state_dict: it would turn moments into the type of float16 weights.
+            # Not by load_state_dict, which would convert moments to the dtype of float16 weights.
             self.host.state[parameters[index]] = entry
 
     def _hide_parameters(self) -> None:
@@ -184,11 +186,11 @@ class IPUOptimizer:
 
     @property
     def _scale(self) -> float:
-        """PopART keeps SGD's velocity times the loss scaling, and Adam's moments without."""
+        """PopART scales the velocity of SGD by the loss scaling, but not the moments of Adam."""
         return float(self.poptorch.loss_scaling) if self._kind == "SGD" else 1.0
 
     def _by_parameter(self, state: Mapping[str, Tensor]) -> Dict[str, Dict[str, Tensor]]:
-        """Turn PopART's names into torch's entries of each parameter, as float32."""
+        """Return the state by parameter with the keys of torch, as float32."""
         result: Dict[str, Dict[str, Tensor]] = {}
         for key, value in state.items():
             prefix, name = _split(key, self._kind)
@@ -198,7 +200,7 @@ class IPUOptimizer:
         return result
 
     def _filled(self, key: str, value: Tensor, loaded: Mapping[str, Mapping[str, Any]]) -> Tensor:
-        """Return the checkpoint's value for one of PopART's entries, in its shape and type."""
+        """Return the value of a checkpoint for an entry of PopART, with its shape and dtype."""
         prefix, name = _split(key, self._kind)
         found = loaded.get(key[len(prefix) :], {}).get(name)
         if found is None:
@@ -208,7 +210,7 @@ class IPUOptimizer:
 
 
 def _split(key: str, kind: str) -> Tuple[str, str]:
-    """Return the prefix of one of PopART's entries and torch's name for it, or nothing twice."""
+    """Return the prefix of an entry of PopART and the key of torch, or empty strings."""
     for prefix, name in STATE_NAMES[kind].items():
         if key.startswith(prefix):
             return prefix, name

@@ -1,4 +1,4 @@
-"""`ipu_options`: an `IPUConfig` becomes `poptorch.Options`."""
+"""`ipu_options`: `poptorch.Options` of an `IPUConfig`."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from lightning_ipu_bert.pipeline.ipu.program import ProgramConfig
 from lightning_ipu_bert.strategies.ipu.sdk import import_popdist, import_poptorch
 
 OVERLAP_MEMORY_OPTIMIZED = 3
-"""popart.AccumulateOuterFragmentSchedule; PopTorch takes the number, too."""
+"""popart.AccumulateOuterFragmentSchedule; PopTorch accepts the number."""
 JUST_IN_TIME = 1
 """popart.SubgraphCopyingStrategy."""
 
 
 class OptionsContext(NamedTuple):
-    """What options depend on besides the config."""
+    """Inputs of the options that are not in the configuration."""
 
     seed: Optional[int] = None
-    """Of the IPUs' random numbers, where the config has none."""
+    """Seed of the random numbers of the IPUs if the configuration has none."""
     initializers_file: Optional[str] = None
-    """Where PopART may put initial weights: more than 2 GB do not fit into its own format."""
+    """File for initial weights: the format of PopART is limited to 2 GB."""
     offline: bool = False
     """Compile without IPUs."""
     auto_round_num_ipus: bool = False
-    """Take more IPUs than are used, where their number is no power of two."""
+    """Round the number of reserved IPUs up to a power of two."""
 
 
 def ipu_options(config: IPUConfig, training: bool, context: Optional[OptionsContext] = None) -> Any:
     """Return the options of one program.
 
     Args:
-        config: How the model runs on IPUs.
-        training: Whether the graph trains; else it evaluates.
-        context: What is not in the config.
+        config: The configuration.
+        training: Whether to return the options of the training program.
+        context: Inputs that are not in the configuration.
 
     Returns:
         `poptorch.Options`, not frozen yet.
@@ -61,7 +61,7 @@ def ipu_options(config: IPUConfig, training: bool, context: Optional[OptionsCont
     options.outputMode(poptorch.OutputMode[mode])
     seed = context.seed if config.seed is None else config.seed
     if seed is not None:
-        with torch.random.fork_rng(devices=[]):  # PopTorch seeds the host's generator, too
+        with torch.random.fork_rng(devices=[]):  # PopTorch also seeds the generator of the host
             options.randomSeed(seed)
     _place(poptorch, options, config, program)
     if context.offline:
@@ -76,7 +76,7 @@ def ipu_options(config: IPUConfig, training: bool, context: Optional[OptionsCont
 
 
 def _new_options(poptorch: Any, program: ProgramConfig) -> Any:
-    """PopDist's options know the replicas of this process; without it they are all here."""
+    """Return empty options; PopDist sets the replicas of this process."""
     popdist = import_popdist()
     if popdist is None:
         return poptorch.Options().replicationFactor(program.shape.batches.replication_factor)
@@ -86,7 +86,7 @@ def _new_options(poptorch: Any, program: ProgramConfig) -> Any:
 
 
 def _place(poptorch: Any, options: Any, config: IPUConfig, program: ProgramConfig) -> None:
-    """Say where optimizer state and stages are placed, and how stages work together."""
+    """Set the location of the optimizer state, and how stages are executed."""
     shards = config.replicated_tensor_sharding and options.replication_factor > 1
     options.TensorLocations.setOptimizerLocation(
         poptorch.TensorLocationSettings()
@@ -101,14 +101,14 @@ def _place(poptorch: Any, options: Any, config: IPUConfig, program: ProgramConfi
 
 
 def _tune_popart(popart: Any, config: IPUConfig, training: bool, context: OptionsContext) -> None:
-    """Set what every BERT of Graphcore sets for PopART, the compiler."""
+    """Set the options of PopART that all BERT models of Graphcore set."""
     if context.initializers_file:
         popart.set("saveInitializersToFile", context.initializers_file)
     if config.decompose_grad_sum:
         popart.set("decomposeGradSum", True)
-    # Only the tensors that are needed travel back to the host.
+    # Do not stream accumulated gradients to the host.
     popart.set("disableGradAccumulationTensorStreams", True)
-    # The IPUs update their weights side by side, but for the first, which has the embeddings.
+    # IPUs update their weights in parallel, except for IPU 0, which holds the embeddings.
     popart.set("accumulateOuterFragmentSettings.schedule", OVERLAP_MEMORY_OPTIMIZED)
     popart.set("accumulateOuterFragmentSettings.excludedVirtualGraphs", ["0"])
     popart.set("outlineThreshold", 10.0)

@@ -1,4 +1,4 @@
-"""The two programs of a run: they take turns on the IPUs, and have the same weights."""
+"""The training and the inference program of a run, which share IPUs and weights."""
 
 from __future__ import annotations
 
@@ -12,70 +12,92 @@ from lightning_ipu_bert.strategies.ipu.program.compiled import CompiledProgram
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
 
+class WeightVersions:
+    """Tracks which copies of the weights are up to date: on the host and in both programs."""
+
+    def __init__(self) -> None:
+        """Start with equal weights everywhere, and no inference program."""
+        self._current = 0
+        self._inference: Optional[int] = None
+        self._host_is_newer = False
+
+    def trained(self) -> None:
+        """Record an update by the training program."""
+        self._current += 1
+
+    def host_changed(self) -> None:
+        """Record that weights were loaded into the module on the host."""
+        self._current += 1
+        self._host_is_newer = True
+
+    def training_is_stale(self) -> bool:
+        """Return whether the training program has older weights than the host."""
+        return self._host_is_newer
+
+    def inference_is_stale(self) -> bool:
+        """Return whether the inference program has older weights than the host."""
+        return self._inference != self._current
+
+    def copied_to_training(self) -> None:
+        """Record a copy from the host to the training program."""
+        self._host_is_newer = False
+
+    def copied_to_inference(self) -> None:
+        """Record a copy from the host to the inference program."""
+        self._inference = self._current
+
+
 class ProgramPair:
-    """Training and inference. No copy of the weights is made that nobody needs."""
+    """The training and the inference program; weights are copied only if they are stale."""
 
     def __init__(self, module: nn.Module, ipus_together: int) -> None:
-        """Hold no program yet.
+        """Create the pair without programs.
 
         Args:
-            module: Has the host's copy of the weights.
-            ipus_together: What both programs need at the same time.
+            module: Holds the weights on the host.
+            ipus_together: IPUs needed to attach both programs at the same time.
         """
         self.module = module
         self.training: Optional[CompiledProgram] = None
         self.inference: Optional[CompiledProgram] = None
         self._ipus_together = ipus_together
         self._both_fit: Optional[bool] = None
-        self._version = 0
-        """Grows with every change of the weights."""
-        self._inference_has = -1
-        self._host_is_newer = False
-        """Whether weights were loaded that the training program has not."""
+        self.versions = WeightVersions()
 
     def to_host(self) -> None:
-        """Bring the host's weights up to date, if they are not."""
+        """Copy the weights to the host if they are newer on the IPUs."""
         if self.training is not None and self.training.poplar.isCompiled():
             self.training.poplar.copyWeightsToHostIfNeeded()
 
-    def host_changed(self) -> None:
-        """Let the next runs take the host's weights: somebody has loaded others into the module."""
-        self._version += 1
-        self._host_is_newer = True
-
     def use_training(self, program: CompiledProgram) -> None:
-        """Attach the training program, and bring its weights up to date, if they are not."""
+        """Attach the training program, and copy the weights to it if they are stale."""
         fresh = self._attach(program)
-        if self._host_is_newer and not fresh:
+        if self.versions.training_is_stale() and not fresh:
             program.poplar.copyWeightsToDevice()
-        self._host_is_newer = False
-
-    def trained(self) -> None:
-        """Note that a call has updated the weights."""
-        self._version += 1
+        self.versions.copied_to_training()
 
     def use_inference(self, program: CompiledProgram) -> None:
-        """Attach the inference program, and bring its weights up to date, if they are not."""
+        """Attach the inference program, and copy the weights to it if they are stale."""
         self.to_host()
-        fresh = self._attach(program)  # attaching uploads what the host has
-        if not fresh and self._inference_has != self._version:
+        fresh = self._attach(program)  # attaching copies the weights
+        if not fresh and self.versions.inference_is_stale():
             program.poplar.copyWeightsToDevice()
-        self._inference_has = self._version
+        self.versions.copied_to_inference()
 
     def compile_training(self, make: Callable[[], CompiledProgram]) -> CompiledProgram:
-        """Compile and keep the program that trains; compiling uploads the weights."""
+        """Compile the training program, which copies the weights to it."""
         self._make_room_for(None)
         unwrap(self.module)
         self.training = make()
-        self._host_is_newer = False
+        self.versions.copied_to_training()
         return self.training
 
     def compile_inference(self, make: Callable[[], CompiledProgram]) -> CompiledProgram:
-        """Compile and keep the program that evaluates; compiling uploads the weights."""
+        """Compile the inference program, which copies the weights to it."""
         self.to_host()
         self._make_room_for(None)
         self.inference = make()
-        self._inference_has = self._version
+        self.versions.copied_to_inference()
         return self.inference
 
     def _attach(self, program: CompiledProgram) -> bool:
@@ -83,21 +105,21 @@ class ProgramPair:
         return program.attach()
 
     def _make_room_for(self, program: Optional[CompiledProgram]) -> None:
-        """Let the other programs give way, if there are too few IPUs for both."""
+        """Detach the other programs if there are not enough IPUs for both."""
         for other in (self.training, self.inference):
             if other is not None and other is not program and not self._fit_together():
                 other.detach()
 
     def _fit_together(self) -> bool:
-        if self._both_fit is None:  # asking takes a while, and this is asked for each batch
+        if self._both_fit is None:  # queried once: it is slow, and needed for each batch
             poptorch: Any = import_poptorch()
             needed = 1 << (self._ipus_together - 1).bit_length()
             self._both_fit = bool(poptorch.ipuHardwareIsAvailable(needed))
         return self._both_fit
 
     def destroy(self) -> None:
-        """Free both programs; the weights come to the host first."""
-        with ExitStack() as stack:  # what fails does not keep the rest
+        """Copy the weights to the host and destroy both programs."""
+        with ExitStack() as stack:  # a failure must not skip the remaining steps
             stack.callback(unwrap, self.module)
             for program in (self.inference, self.training):
                 if program is not None:
