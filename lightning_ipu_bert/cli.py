@@ -16,6 +16,7 @@ from lightning_ipu_bert._compat.lightning import PlainCLI
 from lightning_ipu_bert.checkpoint_file import ORIGIN_KEY, read_checkpoint
 from lightning_ipu_bert.commands import ask, export
 from lightning_ipu_bert.commands.parser import Parser, exit_with
+from lightning_ipu_bert.commands.run_folder import set_run_folder
 from lightning_ipu_bert.data.squad import SquadDataModule
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.models.predictions import PredictionWriter
@@ -31,8 +32,12 @@ WINDOWING = ("max_length", "doc_stride")
 
 DESCRIPTION = (
     "Fine-tune BERT on SQuAD with PyTorch Lightning. Two more verbs: 'ask' a trained model, "
-    "'export' it as a Hugging Face folder (each has its own --help)."
+    "'export' it as a Hugging Face folder (each has its own --help). With --debug an error of a "
+    "value shows its traceback."
 )
+
+DEBUG = "--debug"
+"""Shows tracebacks: ValueErrors of other packages are printed in one line, too."""
 
 
 def shipped_configs() -> Path:
@@ -97,6 +102,7 @@ class QuestionAnsweringCLI(PlainCLI):
         """Parse the arguments, then override them by those of a checkpoint."""
         self.config = parser.parse_args(args)
         options = self.config[self.config.subcommand]
+        set_run_folder(options.trainer)
         path = options.get("ckpt_path")
         if path and not LIGHTNINGS_OWN.match(str(path)):
             defaults = self.defaults_of(self.config.subcommand)
@@ -156,10 +162,14 @@ def _agrees(given: Any, saved: Any) -> bool:
 def main(args: Optional[Sequence[str]] = None) -> None:
     """Run a verb; errors of the user are printed in one line, with exit code 2."""
     words = list(sys.argv[1:] if args is None else args)
+    debug = DEBUG in words
+    words = [word for word in words if word != DEBUG]
     try:
         if words and words[0] in COMMANDS:
             COMMANDS[words[0]](words[1:])
         else:
             QuestionAnsweringCLI(words)
     except UserError as error:
+        if debug:
+            raise
         exit_with(str(error))

@@ -4,8 +4,8 @@
 
 Every run trains the small language model of the tests on two stages, saving after every epoch.
 After a random time in training one of its two ranks gets SIGKILL. Then within 30 s no process may
-be left, the exit code must not be 0, one line must name the rank, and a run resumed from `last.ckpt`
-must have the losses of an uninterrupted run.
+be left, the exit code must not be 0, one line must name the rank, and a run that is resumed from
+`last.ckpt` must have the losses of an uninterrupted run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Scripts in forked processes, as if started by `python script.py`.
 
-A fresh interpreter imports torch and Lightning, which takes longer than most tests; a fork has them.
-Tests that are about starting (the quickstart, torchrun, an installed wheel) start real ones.
+A fresh interpreter imports torch and Lightning, which takes longer than most tests; a fork shares
+them. Tests of starting processes (quickstart, torchrun, an installed wheel) start real ones.
 """
 
 from __future__ import annotations

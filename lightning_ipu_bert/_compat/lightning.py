@@ -12,6 +12,8 @@ Files are relative to https://github.com/Lightning-AI/pytorch-lightning/tree/mas
   wrong after a move of single parameters. No public API in 2.6.
 - `_on_before_batch_transfer` (pytorch/core/module.py): a batch as the loops prepare it. No
   public API in 2.6.
+- `_validate_multiple_optimizers_support` (pytorch/core/optimizer.py): where an error was raised.
+  No public API in 2.6.
 - `_update_dataloader` (pytorch/utilities/data.py): a loader of any class with a new sampler.
   No public API in 2.6.
 - `_IndexBatchSamplerWrapper`, `_batch_sampler` (pytorch/overrides/distributed.py): `predict`
@@ -34,6 +36,7 @@ Files are relative to https://github.com/Lightning-AI/pytorch-lightning/tree/mas
 from __future__ import annotations
 
 import signal
+import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Callable, Dict, Iterator, List, Optional
@@ -50,6 +53,7 @@ from lightning.fabric.utilities.throughput import Throughput
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ThroughputMonitor
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.core.optimizer import _validate_multiple_optimizers_support
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.strategies.launchers import (
@@ -133,6 +137,12 @@ def record_indices(loader: DataLoader[Any], like: DataLoader[Any]) -> None:
     if isinstance(like.batch_sampler, _IndexBatchSamplerWrapper):
         wrapper = _IndexBatchSamplerWrapper(sampler)
         object.__setattr__(loader, "batch_sampler", wrapper)  # torch guards the attribute
+
+
+def rejects_several_optimizers(error: RuntimeError) -> bool:
+    """Return whether an error is the one of Lightning about several optimizers."""
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
+    return last.f_code is _validate_multiple_optimizers_support.__code__
 
 
 def every_n_train_steps(callback: ModelCheckpoint) -> int:

@@ -21,6 +21,8 @@ def popart_options(options: Any) -> Any:
 def unwrap(module: nn.Module) -> None:
     """Restore the classes of parameters and buffers.
 
+    Decided by name, because the classes are created in a function of PopTorch, for each model.
+
     PopTorch sets classes that fetch weights on access, restores the original ones in `destroy`, and
     sets them again whenever another program is compiled (`_impl._wrapper_registry`); the next
     training program then rejects the buffers.

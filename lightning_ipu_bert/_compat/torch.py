@@ -57,6 +57,21 @@ def without_torch_function() -> Any:
     return torch._C.DisableTorchFunction()
 
 
+def lost_connection(exception: BaseException) -> bool:
+    """Return whether an exception only reports that another rank is gone.
+
+    Decided by its text where there is no type: gloo raises plain RuntimeErrors.
+    """
+    import torch.distributed as dist
+
+    if isinstance(exception, vars(dist).get("DistError", ())):  # new in torch 2.2
+        return True
+    return isinstance(exception, RuntimeError) and any(
+        text in str(exception)
+        for text in ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
+    )
+
+
 def wait_for_keys(keys: List[str], key: str, value: str, seconds: float) -> List[str]:
     """Set a value in the store of the process group, and return the values of all keys.
 

@@ -1,61 +1,67 @@
-"""What of a Trainer cannot work with stages: callbacks, accumulation, precision plugins."""
+"""Features of a Trainer that stages do not support: callbacks, accumulation, precision plugins."""
 
 from __future__ import annotations
 
-from typing import Iterator, List, Mapping, Sequence, Type
+from typing import Dict, Iterator, List, Mapping, Sequence, Type
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, Trainer, callbacks
 from lightning.pytorch.plugins.precision import Precision
 
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.rules import Violation
 
-COPIES = "copies the whole model, of which a rank has only its stages"
-ON_DEVICE = "cannot follow the weights, which change on the IPUs and not on the host"
+COPIES = "copies the full model, of which a rank has only its stages"
+ON_DEVICE = "does not see the weights, which are updated on the IPUs"
 
-ON_RANKS: Mapping[str, str] = {
-    "StochasticWeightAveraging": COPIES,
-    "WeightAveraging": COPIES,
-    "EMAWeightAveraging": COPIES,
-    "GradientAccumulationScheduler": "changes accumulation, which is part of the pipeline's plan",
-}
-"""Callbacks that cannot work on a pipeline of ranks, and why."""
-
-ON_IPUS: Mapping[str, str] = {
-    "StochasticWeightAveraging": ON_DEVICE,
-    "WeightAveraging": ON_DEVICE,
-    "EMAWeightAveraging": ON_DEVICE,
-    "ModelPruning": ON_DEVICE,
-    "GradientAccumulationScheduler": "changes accumulation, which is compiled into the program",
-    "BatchSizeFinder": "changes the batch size, which is compiled into the program",
-    "BaseFinetuning": "changes which parameters train, which is compiled into the program",
-    "LearningRateFinder": "goes back to the state before it, and the optimizer's is on the IPUs",
-}
-"""Callbacks that cannot work on IPUs, and why."""
+Reasons = Mapping[Type[Callback], str]
+"""Callbacks that are not supported, and why."""
 
 
-def callback_rules(trainer: Trainer, refused: Mapping[str, str]) -> Iterator[Violation]:
-    """No callback is of a kind that cannot work.
+def _available(reasons: Mapping[str, str]) -> Reasons:
+    """Return the reasons by class, without callbacks that this version of Lightning lacks."""
+    known: Dict[str, Type[Callback]] = vars(callbacks)
+    return {known[name]: reason for name, reason in reasons.items() if name in known}
 
-    Args:
-        trainer: Has the callbacks.
-        refused: Names of kinds, and why each cannot work.
-    """
-    callbacks: List[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
-        for kind in type(callback).__mro__:
-            if kind.__name__ in refused:
-                reason = refused[kind.__name__]
+
+ON_RANKS = _available(
+    {
+        "StochasticWeightAveraging": COPIES,
+        "WeightAveraging": COPIES,
+        "EMAWeightAveraging": COPIES,
+        "GradientAccumulationScheduler": "changes accumulation, which is part of the plan",
+    }
+)
+
+ON_IPUS = _available(
+    {
+        "StochasticWeightAveraging": ON_DEVICE,
+        "WeightAveraging": ON_DEVICE,
+        "EMAWeightAveraging": ON_DEVICE,
+        "ModelPruning": ON_DEVICE,
+        "GradientAccumulationScheduler": "changes accumulation, which is compiled into the program",
+        "BatchSizeFinder": "changes the batch size, which is compiled into the program",
+        "BaseFinetuning": "changes which parameters train, which is compiled into the program",
+        "LearningRateFinder": "restores the optimizer state, which is on the IPUs",
+    }
+)
+
+
+def callback_rules(trainer: Trainer, reasons: Reasons) -> Iterator[Violation]:
+    """The Trainer must not have callbacks that are not supported."""
+    present: List[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in present:
+        for kind, reason in reasons.items():
+            if isinstance(callback, kind):
                 yield Violation(kind.__name__, None, reason, "Remove it, or use another strategy.")
 
 
 def accumulation_rule(trainer: Trainer) -> Iterator[Violation]:
-    """The Trainer does not accumulate: the micro-batches are the accumulation."""
+    """The Trainer must not accumulate gradients: the strategy does."""
     if trainer.accumulate_grad_batches != 1:
         yield Violation(
             "accumulate_grad_batches",
             trainer.accumulate_grad_batches,
-            "must be 1 with pipeline stages, which accumulate over their micro-batches",
+            "must be 1 with a pipeline strategy, which accumulates over micro-batches",
             "Set the strategy's gradient_accumulation_steps instead.",
         )
 
@@ -63,13 +69,13 @@ def accumulation_rule(trainer: Trainer) -> Iterator[Violation]:
 def precision_of(
     plugin: Precision, kinds: Sequence[Type[Precision]], supported: Sequence[str], where: str
 ) -> str:
-    """Return the precision of one of Lightning's own plugins, for its counterpart here.
+    """Return the precision of a plugin of Lightning, which is replaced by its counterpart.
 
     Args:
-        plugin: What the Trainer has chosen, or the user has given.
-        kinds: Lightning's plugins that have a counterpart.
-        supported: Precisions that have one.
-        where: What the precision is for, for the message.
+        plugin: The precision plugin of the Trainer.
+        kinds: Plugins of Lightning that have a counterpart.
+        supported: Precisions that have a counterpart.
+        where: Where the precision is used, for the message.
 
     Raises:
         UserError: If there is no counterpart.
@@ -81,8 +87,7 @@ def precision_of(
         )
     if type(plugin) not in kinds:
         raise UserError(
-            f"The precision plugin {type(plugin).__name__} is not supported {where}: it does not "
-            f"know about stages. Leave it out and give Trainer(precision=...), one of "
-            f"{', '.join(supported)}."
+            f"The precision plugin {type(plugin).__name__} is not supported {where}. Remove it and "
+            f"set Trainer(precision=...) to one of {', '.join(supported)}."
         )
     return precision

@@ -14,16 +14,17 @@ from typing import Any, Callable, Iterator, List, Tuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.strategies.update_hooks import around_update
 
-ELEMENTWISE = {
-    "Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD",
-}  # fmt: skip
-"""Optimizers of torch that treat every number by itself, so that slices do as well as tensors."""
+ELEMENTWISE = (
+    *(optim.Adadelta, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW, optim.ASGD),
+    *(optim.NAdam, optim.RAdam, optim.RMSprop, optim.SGD),
+)
+"""Elementwise optimizers of torch, whose updates of slices equal those of full tensors."""
 
 
 class OptimizerShards:
@@ -44,11 +45,11 @@ class OptimizerShards:
         Raises:
             UserError: If the optimizer is not known to be elementwise.
         """
-        if type(optimizer).__name__ not in ELEMENTWISE:
+        if type(optimizer) not in ELEMENTWISE:
             raise UserError(
                 f"The optimizer {type(optimizer).__name__} is not known to be elementwise, but "
                 "replicated_tensor_sharding and optimizer_state_offchip update slices. Turn them "
-                f"off, or use one of {', '.join(sorted(ELEMENTWISE))}."
+                f"off, or use one of {', '.join(sorted(kind.__name__ for kind in ELEMENTWISE))}."
             )
         self.optimizer = optimizer
         self.replica, self.replicas, self.group = replica, replicas, group

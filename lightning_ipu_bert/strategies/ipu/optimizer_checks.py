@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from lightning_ipu_bert._compat.lightning import rejects_several_optimizers
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.rules import Violation
 
@@ -25,15 +26,15 @@ SEVERAL = Violation(
 
 @contextmanager
 def one_optimizer() -> Iterator[None]:
-    """Refuse several optimizers in our words where Lightning does in its own.
+    """Replace the error of Lightning about several optimizers, which suggests manual optimization.
 
     Raises:
-        UserError: If a module gives several, and optimizes automatically.
+        UserError: If a module has several optimizers.
     """
     try:
         yield
     except RuntimeError as error:
-        if "multiple optimizers" in str(error):
+        if rejects_several_optimizers(error):
             raise UserError(str(SEVERAL)) from error
         raise
 

@@ -1,6 +1,7 @@
 """Whole runs by config: the shipped YAMLs, the console, compiling alone, and other people's use."""
 
 import json
+import os
 import re
 import shlex
 import sys

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from lightning_ipu_bert._compat.torch import wait_for_keys
+from lightning_ipu_bert._compat.torch import lost_connection, wait_for_keys
 from lightning_ipu_bert.errors import UserError
 
 REPORTED, REPORTED_USER_ERROR = 71, 72
@@ -42,15 +42,6 @@ def all_failed_equally(exception: BaseException, launch: int) -> bool:
     except RuntimeError:  # also raised by a store whose rank is gone
         return False
     return len(set(texts)) == 1
-
-
-def lost_connection(exception: BaseException) -> bool:
-    """Return whether an exception only says that another rank is gone."""
-    text = str(exception)
-    return isinstance(exception, RuntimeError) and any(
-        word in text
-        for word in ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
-    )
 
 
 def report(rank: int, where: str, exception: BaseException) -> None:

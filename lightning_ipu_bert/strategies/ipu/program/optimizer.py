@@ -24,13 +24,9 @@ HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening"
 """Hyperparameters of parameter groups that both torch and PopTorch have."""
 
 MOMENTS = {"Accl1___": "exp_avg", "Accl2___": "exp_avg_sq", "Step___": "step"}
-STATE_NAMES = {
-    "Adam": MOMENTS,
-    "AdamW": MOMENTS,
-    "LAMB": MOMENTS,
-    "SGD": {"Accl1___": "momentum_buffer"},
-}
-"""By optimizer: prefixes of PopART before the name of a parameter, and keys of torch."""
+"""State of Adam, AdamW and LAMB: prefix of PopART before the name of a parameter: key of torch."""
+VELOCITY = {"Accl1___": "momentum_buffer"}
+"""State of SGD."""
 
 
 class OptimizerOptions(NamedTuple):
@@ -181,19 +177,19 @@ class IPUOptimizer:
             group["params"] = list(parameters)
 
     @property
-    def _kind(self) -> str:
-        return type(self.poptorch).__name__
+    def _state_names(self) -> Mapping[str, str]:
+        return VELOCITY if isinstance(self.host, SGD) else MOMENTS
 
     @property
     def _scale(self) -> float:
         """PopART scales the velocity of SGD by the loss scaling, but not the moments of Adam."""
-        return float(self.poptorch.loss_scaling) if self._kind == "SGD" else 1.0
+        return float(self.poptorch.loss_scaling) if isinstance(self.host, SGD) else 1.0
 
     def _by_parameter(self, state: Mapping[str, Tensor]) -> Dict[str, Dict[str, Tensor]]:
         """Return the state by parameter with the keys of torch, as float32."""
         result: Dict[str, Dict[str, Tensor]] = {}
         for key, value in state.items():
-            prefix, name = _split(key, self._kind)
+            prefix, name = _split(key, self._state_names)
             if name:
                 entry = result.setdefault(key[len(prefix) :], {})
                 entry[name] = value.detach().float() / self._scale
@@ -201,7 +197,7 @@ class IPUOptimizer:
 
     def _filled(self, key: str, value: Tensor, loaded: Mapping[str, Mapping[str, Any]]) -> Tensor:
         """Return the value of a checkpoint for an entry of PopART, with its shape and dtype."""
-        prefix, name = _split(key, self._kind)
+        prefix, name = _split(key, self._state_names)
         found = loaded.get(key[len(prefix) :], {}).get(name)
         if found is None:
             return value.clone()
@@ -209,9 +205,9 @@ class IPUOptimizer:
         return scaled.to(value.dtype).reshape(value.shape).contiguous()
 
 
-def _split(key: str, kind: str) -> Tuple[str, str]:
+def _split(key: str, names: Mapping[str, str]) -> Tuple[str, str]:
     """Return the prefix of an entry of PopART and the key of torch, or empty strings."""
-    for prefix, name in STATE_NAMES[kind].items():
+    for prefix, name in names.items():
         if key.startswith(prefix):
             return prefix, name
     return "", ""

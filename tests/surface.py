@@ -1,0 +1,88 @@
+"""The surface of the package: public names with their arguments, and our own flags of every verb.
+
+python tests/surface.py > tests/surface.txt
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Iterator, List
+
+import lightning_ipu_bert
+from lightning_ipu_bert.cli import COMMANDS, QuestionAnsweringCLI
+from lightning_ipu_bert.commands import parser
+
+GROUPS = ("model", "data", "predictions")
+"""Groups of options that are ours; the others are Lightning's, and differ by version."""
+VERBS = ("fit", "validate", "test", "predict")
+
+
+class Built(Exception):
+    """Raised once all parsers exist."""
+
+
+def surface() -> List[str]:
+    """Return one line per name, argument and flag."""
+    return [*_names(), *_trainer_flags(), *_command_flags()]
+
+
+def _names() -> Iterator[str]:
+    for name in sorted(lightning_ipu_bert.__all__):
+        member = vars(lightning_ipu_bert)[name]
+        yield name
+        if not inspect.isclass(member) or issubclass(member, Exception):
+            continue
+        for argument in inspect.signature(member).parameters.values():
+            if argument.name not in ("args", "kwargs"):
+                required = argument.default is inspect.Parameter.empty
+                yield f"{name}({argument.name}{'' if required else f'={argument.default!r}'})"
+        for method in sorted(vars(member)):
+            value = getattr(member, method)  # static methods are callable as such before 3.10
+            if not method.startswith("_") and callable(value) and not inspect.isclass(value):
+                yield f"{name}.{method}()"
+
+
+def _trainer_flags() -> Iterator[str]:
+    class Parsers(QuestionAnsweringCLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            raise Built
+
+    cli = Parsers.__new__(Parsers)
+    try:
+        cli.__init__(["fit"])  # type: ignore[misc]
+    except Built:
+        pass
+    for verb in VERBS:
+        defaults = cli.defaults_of(verb)
+        for name, value in sorted(defaults.items()):
+            if name.split(".")[0] in GROUPS:
+                yield f"{verb} --{name}={value!r}"
+
+
+def _command_flags() -> Iterator[str]:
+    for verb, command in sorted(COMMANDS.items()):
+        for action in _actions_of(verb, command):
+            for flag in action.option_strings:
+                yield f"{verb} {flag}={action.default!r}"
+
+
+def _actions_of(verb: str, command: Any) -> Any:
+    built = []
+    original = parser.Parser.parse_args
+
+    def stop(self: Any, *_: Any, **__: Any) -> None:
+        built.append(self)
+        raise Built
+
+    parser.Parser.parse_args = stop  # type: ignore[method-assign]
+    try:
+        command([])
+    except Built:
+        pass
+    finally:
+        parser.Parser.parse_args = original  # type: ignore[method-assign]
+    return built[0]._actions
+
+
+if __name__ == "__main__":
+    print("\n".join(surface()))
