@@ -109,6 +109,7 @@ def _forget_pytest() -> None:
     warnings.resetwarnings()
     logging.root.handlers.clear()
     loggers: List[Any] = list(logging.root.manager.loggerDict.values())
+    logging.getLogger("lightning.pytorch").propagate = False  # conftest.py has turned it on
     for logger in loggers:
         for handler in vars(logger).get("handlers", ()):
             if isinstance(handler, logging.StreamHandler):

@@ -6,6 +6,7 @@ python tests/surface.py > tests/surface.txt
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from typing import Any, Iterator, List
 
 import lightning_ipu_bert
@@ -17,7 +18,7 @@ GROUPS = ("model", "data", "predictions")
 VERBS = ("fit", "validate", "test", "predict")
 
 
-class Built(Exception):
+class ParsersBuiltError(Exception):
     """Raised once all parsers exist."""
 
 
@@ -45,13 +46,11 @@ def _names() -> Iterator[str]:
 def _trainer_flags() -> Iterator[str]:
     class Parsers(QuestionAnsweringCLI):
         def parse_arguments(self, parser: Any, args: Any) -> None:
-            raise Built
+            raise ParsersBuiltError
 
     cli = Parsers.__new__(Parsers)
-    try:
+    with suppress(ParsersBuiltError):
         cli.__init__(["fit"])  # type: ignore[misc]
-    except Built:
-        pass
     for verb in VERBS:
         defaults = cli.defaults_of(verb)
         for name, value in sorted(defaults.items()):
@@ -72,13 +71,12 @@ def _actions_of(verb: str, command: Any) -> Any:
 
     def stop(self: Any, *_: Any, **__: Any) -> None:
         built.append(self)
-        raise Built
+        raise ParsersBuiltError
 
     parser.Parser.parse_args = stop  # type: ignore[method-assign]
     try:
-        command([])
-    except Built:
-        pass
+        with suppress(ParsersBuiltError):
+            command([])
     finally:
         parser.Parser.parse_args = original  # type: ignore[method-assign]
     return built[0]._actions

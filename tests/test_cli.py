@@ -107,10 +107,13 @@ def test_help_describes_every_option(verb, capsys):
     text = " ".join(capsys.readouterr().out.split())
     said = {
         "": "'export' it as a Hugging Face folder",
-        "ask": "one or several questions, each quoted",
-        "export": "New folder for the model, its tokenizer and a model card.",
+        "ask": "one or more questions, each quoted",
+        "export": "New folder for model, tokenizer and model card.",
     }
-    assert said.get(verb, "Tokens in a feature: question, window of the passage") in text
+    assert (
+        said.get(verb, "Maximum number of tokens of a feature: question, window of the passage")
+        in text
+    )
     if verb == "fit":
         assert "Highest learning rate of AdamW." in text
         assert "Write the raw start and end logits, too." in text
@@ -124,13 +127,13 @@ REFUSED = {
     "fit --config quickstart --trainer.strategy nothing": "nothing",
     "fit --config quickstart --data.doc_stride 128": "doc_stride=128 does not fit",
     "fit --config quickstart --model.lr_schedule wavy": "wavy",
-    "fit": "No model is given",
-    "validate --ckpt_path nowhere.ckpt": "There is no checkpoint 'nowhere.ckpt'",
-    "ask --model nowhere.ckpt --question Q --context C": "There is no checkpoint 'nowhere.ckpt'",
+    "fit": "There is no model",
+    "validate --ckpt_path nowhere.ckpt": "Checkpoint 'nowhere.ckpt' does not exist",
+    "ask --model nowhere.ckpt --question Q --context C": "Checkpoint 'nowhere.ckpt' does not exist",
     "ask --model ./nowhere --question Q --context C": "No model could be loaded from './nowhere'",
     "ask --question Q --context C": "model",
     "ask --model x": "There is no question",
-    "export --ckpt_path nowhere.ckpt --output_dir out": "There is no checkpoint",
+    "export --ckpt_path nowhere.ckpt --output_dir out": "does not exist",
     "nonsense": "nonsense",
 }
 
@@ -150,7 +153,7 @@ REFUSED_PIPELINES = {
     "--trainer.accumulate_grad_batches 2": "accumulate_grad_batches=2 must be 1",
     "--trainer.precision 64-true": "precision='64-true' is not supported",
     "--data.micro_batch_size 0": "micro_batch_size=0",
-    "--data.train_file nowhere.json": "nowhere.json: there is no such file",
+    "--data.train_file nowhere.json": "nowhere.json: the file does not exist",
 }
 
 
@@ -171,7 +174,7 @@ def test_a_torch_without_pipelines_is_refused(run, refused, monkeypatch):
         "lightning_ipu_bert.strategies.distributed.checks.has_pipelining", lambda: False
     )
     line = refused("fit", "--config=quickstart", *run.data)
-    assert f"torch {torch.__version__} is too old for a pipeline" in line
+    assert f"torch {torch.__version__} is too old for pipelining" in line
     words = line[line.index("--trainer") : -1]  # what it advises works
     run("fit", "--config=quickstart", *run.data, *shlex.split(words), *TINY_MODEL, *SHORT)
 
@@ -180,9 +183,9 @@ def test_help_describes_the_plan(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--trainer.strategy.help=lightning_ipu_bert.PipelineParallelStrategy"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Copies of the pipeline, each with its own part of the data." in text
-    assert "Order of forwards and backwards: gpipe, 1f1b" in text
-    assert "How long a rank waits for another before it gives up." in text
+    assert "Number of copies of the pipeline; each processes its own shard of the data." in text
+    assert "Pipeline schedule: gpipe, 1f1b" in text
+    assert "Timeout of communication between ranks." in text
 
 
 def test_what_is_no_checkpoint_is_refused(run, refused, tmp_path):

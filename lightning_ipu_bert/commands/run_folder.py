@@ -1,18 +1,26 @@
-"""Defaults of the command line in the folder of a run: where it logs and saves checkpoints."""
+"""Defaults of the command line in the folder of a run: logger and checkpoints."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from jsonargparse import Namespace
 
-LOGGER = "lightning.pytorch.loggers.CSVLogger"
 CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
+BEST_AND_LAST = {
+    "filename": "best",
+    "monitor": "val/f1",
+    "mode": "max",
+    "save_last": True,
+    "enable_version_counter": False,
+}
 
 
 def set_run_folder(trainer: Namespace) -> None:
-    """Set logger and checkpoints that a config does not set, if `default_root_dir` is set.
+    """Set the logger and checkpoints that a config does not set, if `default_root_dir` is set.
 
-    A CSVLogger, the best checkpoint by val/f1 as `best.ckpt`, and `last.ckpt`. A ModelCheckpoint of a
-    config without `dirpath` saves to the folder, too.
+    The defaults are a CSVLogger, `best.ckpt` (by val/f1) and `last.ckpt`. A ModelCheckpoint in a
+    config without `dirpath` also saves to the folder.
 
     Args:
         trainer: The parsed options of the Trainer; modified in place.
@@ -21,17 +29,15 @@ def set_run_folder(trainer: Namespace) -> None:
     if folder is None:
         return
     if trainer.logger is None:
-        trainer.logger = Namespace(class_path=LOGGER, init_args=Namespace(save_dir=str(folder)))
+        trainer.logger = _instance("lightning.pytorch.loggers.CSVLogger", save_dir=str(folder))
     if trainer.callbacks is None:
-        options = Namespace(
-            filename="best",
-            monitor="val/f1",
-            mode="max",
-            save_last=True,
-            enable_version_counter=False,
-        )
-        trainer.callbacks = [Namespace(class_path=CHECKPOINT, init_args=options)]
-    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
-    for callback in callbacks:
+        trainer.callbacks = [_instance(CHECKPOINT, **BEST_AND_LAST)]
+    for callback in trainer.callbacks if isinstance(trainer.callbacks, list) else ():
         if callback.class_path == CHECKPOINT and callback.init_args.get("dirpath") is None:
             callback.init_args.dirpath = str(folder)
+
+
+def _instance(class_path: str, **init_args: Any) -> Namespace:
+    make: Any = Namespace  # untyped in jsonargparse
+    namespace: Namespace = make(class_path=class_path, init_args=make(**init_args))
+    return namespace

@@ -69,13 +69,13 @@ def test_fit_without_validation_data_does_not_validate(make_data):
 @pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
 def test_a_verb_without_data_names_the_options(verb):
     split = {"fit": "train", "validate": "validation"}.get(verb, verb)
-    with pytest.raises(UserError, match=rf"Give --data\.{split}_file or --data\.dataset_name"):
+    with pytest.raises(UserError, match=rf"Pass --data\.{split}_file or --data\.dataset_name"):
         SquadDataModule(tokenizer_name_or_path="x").setup(verb)
 
 
 def test_without_tokenizer_the_options_are_named(quickstart):
     data = SquadDataModule(validation_file=str(quickstart / "validation.json"))
-    with pytest.raises(UserError, match=r"Give --data\.tokenizer_name_or_path"):
+    with pytest.raises(UserError, match=r"Set --data\.tokenizer_name_or_path"):
         data.setup("validate")
 
 
@@ -94,8 +94,8 @@ def test_a_tokenizer_that_is_none_is_named(quickstart):
     ("changes", "message"),
     [
         ({"doc_stride": 128}, "doc_stride=128 does not fit max_length=128"),
-        ({"micro_batch_size": 0}, "micro_batch_size=0 must be a whole number of at least 1"),
-        ({"max_answer_length": 0}, "max_answer_length=0 must be a whole number of at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0 must be an integer of at least 1"),
+        ({"max_answer_length": 0}, "max_answer_length=0 must be an integer of at least 1"),
     ],
 )
 def test_bad_numbers_are_refused(make_data, changes, message):

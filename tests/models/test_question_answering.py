@@ -252,8 +252,11 @@ def test_somebody_elses_loaders_log_the_loss_alone(make_module, make_data, tmp_p
 
 
 BAD_VALUES = [
-    ({}, "No model is given"),
-    ({"config": {"hidden_size": 10, "num_attention_heads": 3}}, "hidden_size=10 is not a multiple"),
+    ({}, "There is no model"),
+    (
+        {"config": {"hidden_size": 10, "num_attention_heads": 3}},
+        "hidden_size=10 must be divisible by",
+    ),
     ({"model_name_or_path": "./no/such/folder"}, r"No model could be loaded from '\./no"),
     ({"config": {"vocab_size": 9}, "learning_rate": 0}, "learning_rate=0 must be above 0"),
     ({"config": {"vocab_size": 9}, "lr_schedule": "wavy"}, "lr_schedule='wavy' is unknown"),
@@ -271,15 +274,15 @@ def test_bad_values_are_refused_in_one_line(options, message):
 
 def test_a_model_that_is_no_bert_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
-    with pytest.raises(UserError, match="holds a roberta model, and only BERT is supported"):
+    with pytest.raises(UserError, match="is a roberta model, but only BERT is supported"):
         BertForQuestionAnsweringModule(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"vocab_size": 50}, "The tokenizer has .* tokens and the model only 50"),
-        ({"max_position_embeddings": 64}, "max_length=128 is longer than the model's 64 positions"),
+        ({"vocab_size": 50}, "The tokenizer has .* tokens, but the model has a vocab_size of 50"),
+        ({"max_position_embeddings": 64}, "max_length=128 exceeds the 64 positions of the model"),
     ],
 )
 def test_data_that_do_not_fit_the_model_are_refused(make_data, tmp_path, config, message):

@@ -78,7 +78,7 @@ def test_devices_fit_stages_and_replicas():
     assert "Set devices to 4, or" in str(violation)
     (violation,) = config.device_rules(3, num_nodes=2)
     assert "devices=3 x num_nodes=2 must be 4" in str(violation)
-    assert "Set devices to 4 in all" in str(violation)
+    assert "Set devices to 4 in total" in str(violation)
 
 
 @given(st.integers(1, 9), st.integers(1, 4))

@@ -139,9 +139,9 @@ def test_what_has_no_effect_is_named():
 
 WRONG = {
     "pod": ({"replication_factor": {"pod4": 1}}, "has no value for default"),
-    "count": ({"gradient_accumulation_steps": 0}, "must be a whole number of at least 1"),
-    "boolean": ({"device_iterations": True}, "must be a whole number"),
-    "layers": ({"layers_per_ipu": [3, -2]}, "-1 takes an equal share"),
+    "count": ({"gradient_accumulation_steps": 0}, "must be an integer of at least 1"),
+    "boolean": ({"device_iterations": True}, "must be an integer"),
+    "layers": ({"layers_per_ipu": [3, -2]}, "-1 share the remaining layers equally"),
     "entries": ({"layers_per_ipu": [3, 3], "ipus_per_replica": 4}, "2 entries for 4 IPUs"),
     "proportions": ({"matmul_proportion": [0.1, 0.2]}, "2 entries for 1 IPUs"),
     "proportion above 1": ({"matmul_proportion": 1.5}, r"1.5, which must be in \(0, 1\]"),
@@ -212,7 +212,7 @@ def test_pipelined_inference_needs_iterations_and_sharded_none():
 def test_data_must_fill_one_call():
     training = graph(gradient_accumulation_steps=64, replication_factor=4).training
     enforce(enough_data_rule(256, 1, training))
-    with pytest.raises(UserError, match="255 examples, and one call of the IPUs takes 256"):
+    with pytest.raises(UserError, match="255 examples, but one call of the IPUs needs 256"):
         enforce(enough_data_rule(255, 1, training))
 
 

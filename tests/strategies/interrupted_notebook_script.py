@@ -72,7 +72,7 @@ if __name__ == "__main__":
     handler = signal.getsignal(signal.SIGINT)
     fit = trainer(Interrupt(os.getpid()))
     if sys.argv[1] == "twice":
-        with pytest.raises(RuntimeError, match="Ended at once by Ctrl-C; nothing was saved"):
+        with pytest.raises(RuntimeError, match="Ended immediately by Ctrl-C; nothing was saved"):
             fit.fit(module, loader())
     else:
         fit.fit(module, loader())

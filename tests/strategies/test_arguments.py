@@ -76,7 +76,7 @@ def test_help_shows_every_argument_with_its_description(strategy, capsys):
     text = " ".join(capsys.readouterr().out.split())
     for argument in inspect.signature(strategy).parameters:
         assert re.search(rf"--trainer\.strategy\.(init_args\.)?{argument} ", text)
-    assert "Micro-batches of a replica between two weight updates." in text
+    assert "Micro-batches of a replica per weight update." in text
 
 
 def test_facts_of_foreign_strategies_are_the_defaults():

@@ -39,8 +39,7 @@ from lightning_ipu_bert.strategies.ipu.run import Run, RunOptions
 class IPUStrategy(ParallelStrategy):
     """Runs a LightningModule as a pipeline of stages, with replicas, on IPUs.
 
-    One process owns the IPUs of all its replicas. A config can switch to and from
-    `PipelineParallelStrategy` by class_path.
+    A config can switch to and from `PipelineParallelStrategy` by class_path.
     """
 
     @suggest_names
@@ -70,12 +69,11 @@ class IPUStrategy(ParallelStrategy):
         """Create the strategy; does not require an IPU yet.
 
         Args:
-            layers_per_stage: Number of layers on each IPU, e.g. [3, 7, 7, 7]; IPUs with -1
-                share the remaining layers equally. Null uses ipu_config, as for the next five.
+            layers_per_stage: Number of layers on each IPU, e.g. [3, 7, 7, 7]; IPUs with -1 share
+                the rest equally. Null uses ipu_config, as for the next five.
             replication_factor: Number of copies of the training pipeline.
             gradient_accumulation_steps: Micro-batches of a replica per weight update.
-            recompute_checkpoint_every_layer: Store only the outputs of layers and recompute their
-                activations in the backward pass.
+            recompute_checkpoint_every_layer: Store only the outputs of layers, recompute the rest.
             replicated_tensor_sharding: Shard the optimizer state over the replicas (RTS).
             optimizer_state_offchip: Store the optimizer state in Streaming Memory.
             stages_per_rank: Must be 1: an IPU holds one stage.
@@ -85,8 +83,7 @@ class IPUStrategy(ParallelStrategy):
             loss_scaling: Factor of the loss while gradients are computed; null is 1.
             lamb: Use LAMB with the hyperparameters of the AdamW of the module.
             loader_mode: Whether a separate process prefetches batches: sync, async or
-                async_rebatched. Random augmentation is then reproducible only with num_workers
-                above 0.
+                async_rebatched. Random data then needs num_workers above 0 to be reproducible.
             auto_round_num_ipus: Round the number of reserved IPUs up to a power of two.
             compile_only: Compile for a later run on Mk2 IPUs, without any, and exit.
             edit_options: Called with `poptorch.Options` and whether they are for training.

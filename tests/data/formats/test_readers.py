@@ -71,7 +71,7 @@ BAD = {
     "a list": ([1], r"data\.json: 'data' is missing"),
     "no text": (
         squad(qa(question=None)),
-        r"data\.json: data\[0\]\.paragraphs\[0\]\.qas\[0\]: 'question' is missing or is not a text",
+        r"data\.json: data\[0\]\.paragraphs\[0\]\.qas\[0\]: 'question' is missing or is not a",
     ),
     "no answers": (
         squad({"id": "q1", "question": "Where?"}),
@@ -79,18 +79,18 @@ BAD = {
     ),
     "no answer_start": (
         squad(qa(answers=[{"text": "London"}])),
-        r"qas\[0\]\.answers\[0\]: 'answer_start' is missing or is not a whole number",
+        r"qas\[0\]\.answers\[0\]: 'answer_start' is missing or is not an integer",
     ),
     "twice the same id": (
         squad(qa(), qa()),
-        r"data\.json: .*qas\[1\]: the id 'q1' was used before, at data\.json: .*qas\[0\]\.",
+        r"data\.json: .*qas\[1\]: the id 'q1' is a duplicate of data\.json: .*qas\[0\]\.",
     ),
     "empty context": (squad(qa(), context=" \n"), r"data\.json: .*the context .* is empty"),
     "v2 without version_2": (
         squad(qa(answers=[], is_impossible=True)),
         r"data\.json: .*'q1' .* only SQuAD v2\.0 allows\. Set --data\.version_2 true",
     ),
-    "no question": ({"data": []}, "no question at all"),
+    "no question": ({"data": []}, "contains no questions"),
 }
 
 
@@ -102,7 +102,7 @@ def test_bad_input_is_named_with_file_place_and_rule(write, content, message):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(UserError, match=r"nowhere\.json: there is no such file"):
+    with pytest.raises(UserError, match=r"nowhere\.json: the file does not exist"):
         read_files(["nowhere.json"], Rules())
 
 
@@ -117,7 +117,7 @@ def test_misplaced_answers_are_counted_and_three_are_shown(write):
     with pytest.raises(UserError) as caught:
         read_files([write(squad(qa(), *misplaced(5)))], Rules())
     message = str(caught.value)
-    assert message.startswith("5 answers do not stand at their answer_start")
+    assert message.startswith("5 answers are not at their answer_start")
     assert [f"bad{i}" in message for i in range(5)] == [True, True, True, False, False]
     assert "--data.skip_misplaced_answers true" in message
 
@@ -132,7 +132,7 @@ def test_misplaced_answers_can_be_skipped_and_are_counted(write, caplog):
         result = read_files([write(squad(qa(), half_right, *misplaced(5)))], rules)
     assert [q.id for q in result.questions] == ["q1", "half"]
     assert len(result.questions[1].answers) == 1
-    assert "Skipped 6 misplaced answers and with them 5 questions" in caplog.text
+    assert "Skipped 6 misplaced answers, and 5 questions" in caplog.text
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_an_unknown_split_is_named_with_the_known_ones(hub_folder):
 
 
 def test_an_unknown_data_set_is_one_line():
-    with pytest.raises(UserError, match=r"Data set '\./no/such/folder' cannot be loaded") as caught:
+    with pytest.raises(UserError, match=r"Dataset '\./no/such/folder' cannot be loaded") as caught:
         collect(hub.records("./no/such/folder", None, "train"), Rules())
     assert "\n" not in str(caught.value)
 

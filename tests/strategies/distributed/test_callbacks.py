@@ -148,7 +148,7 @@ def _notices(plan, folder):
 
 def test_one_replica_is_told_that_it_shares_nothing(tmp_path):
     lines = run_ranks(2, _notices, {**TWO, "replicated_tensor_sharding": True}, tmp_path)[0]
-    assert len([line for line in lines if "replicated_tensor_sharding is off" in line]) == 1
+    assert len([line for line in lines if "replicated_tensor_sharding has no effect" in line]) == 1
     shared = {**TWO_BY_TWO, "replicated_tensor_sharding": True}
     lines = run_ranks(4, _notices, shared, tmp_path)[0]
     assert not [line for line in lines if "replicated_tensor_sharding" in line]
@@ -166,7 +166,7 @@ def _ignored(plan, folder):
 def test_the_plan_of_an_ipu_config_counts_and_what_ranks_ignore_is_named_once(tmp_path):
     given = {"layers_per_ipu": [3, 3], "matmul_proportion": 0.3, "device_iterations": 2}
     plan = {"gradient_accumulation_steps": 4, "ipu_config": given, "loss_scaling": 2.0}
-    line = "Without effect on ranks: matmul_proportion, device_iterations, loss_scaling."
+    line = "Ignored without IPUs: matmul_proportion, device_iterations, loss_scaling."
     assert run_ranks(2, _ignored, plan, tmp_path)[0] == [line]
 
 

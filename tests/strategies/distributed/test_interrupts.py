@@ -33,7 +33,7 @@ def test_the_first_saves_and_says_how_to_resume(harm, rank, step, expected, tmp_
     assert not left
     path = tmp_path / "last.ckpt"
     assert output.count(f"To resume: ckpt_path={path}") == 1
-    assert output.count("Once more ends it at once") == (harm == "terminal" or rank == 0)
+    assert output.count("Press it again to end immediately") == (harm == "terminal" or rank == 0)
     assert "Rank " not in output
     assert "Traceback" not in output
     done = torch.load(path, weights_only=True)["global_step"]
@@ -48,7 +48,7 @@ def test_a_second_ends_at_once_and_saves_nothing(tmp_path):
     code, _, output, left = start(tmp_path, "twice", 1)
     assert code == 130, output
     assert not left
-    assert output.count("Ended at once by Ctrl-C; nothing was saved.") == 1
+    assert output.count("Ended immediately by Ctrl-C; nothing was saved.") == 1
     assert "To resume" not in output
     assert "Traceback" not in output
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4

@@ -286,7 +286,7 @@ def test_what_cannot_work_is_refused_before_processes_start(tmp_path):
     assert "64-true" in message
     assert "bf16-mixed" in message
     message = error_of(TWO, tmp_path, module=NoProtocol())
-    assert "NoProtocol cannot be cut into stages" in message
+    assert "NoProtocol cannot be pipelined" in message
     message = error_of(TWO, tmp_path, module=HalfProtocol())
     assert "lacks stage_forward, pipeline_loss" in message
 
@@ -325,7 +325,7 @@ def test_blocks_must_hold_every_parameter_once(tmp_path):
             super().__init__()
             self.extra = torch.nn.Linear(2, 2)
 
-    assert "extra.weight of Loose belongs to no block" in error_of(TWO, tmp_path, Loose())
+    assert "extra.weight of Loose is in no block" in error_of(TWO, tmp_path, Loose())
 
     class Tied(LanguageModel):
         def __init__(self):

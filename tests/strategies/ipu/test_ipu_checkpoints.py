@@ -150,7 +150,7 @@ def without_rng(path):
 def test_on_other_ipus_only_the_seed_goes_on_and_a_line_says_so(tmp_path, caplog):
     _, _, path = run(tmp_path / "a", {}, 1, dropout=0.3)
     run(tmp_path / "b", {"layers_per_stage": [6]}, 2, ckpt_path=path, dropout=0.3)
-    assert "belongs to another number of IPUs; only its seed is taken over" in caplog.text
+    assert "is for another number of IPUs; only its seed is used" in caplog.text
 
 
 def test_a_checkpoint_is_plain_and_its_config_lies_beside_it(tmp_path):
@@ -236,7 +236,7 @@ def test_updates_are_counted_on_with_the_same_iterations_only(tmp_path):
         trainer = make(tmp_path, max_epochs=2)
         refused(
             trainer,
-            "device_iterations=1 cannot count on: .* middle of an epoch with device_iterations=2",
+            "device_iterations=1 cannot resume .* middle of an epoch with device_iterations=2",
         )
     ipu_trainer(tmp_path).validate(module, loader(examples), ckpt_path=path)  # counts nothing
 

@@ -74,7 +74,7 @@ def test_training_on_squads_88524_features_takes_690_updates_and_says_what_it_dr
     trainer = ipu_trainer(tmp_path, stop, strategy=pod16(), max_epochs=2)
     trainer.fit(module, DataLoader(Numbered(88_524, 5), batch_size=64))
     assert stop.batches == 345
-    assert "204 of 88,524 training examples are left out of each epoch" in caplog.text
+    assert "204 of 88,524 training examples are dropped in each epoch" in caplog.text
     assert "Total optimization steps: 690" in caplog.text
 
 
@@ -106,7 +106,7 @@ def test_validation_sees_every_example_once_and_its_loss_is_that_of_one_process(
 
 def test_too_few_data_are_refused(tmp_path):
     module, examples = make_model("language model", updates=1)
-    with pytest.raises(UserError, match=r"15 examples, and one call of the IPUs takes 16 \(2 x"):
+    with pytest.raises(UserError, match=r"15 examples, but one call of the IPUs needs 16 \(2 x"):
         ipu_trainer(tmp_path).fit(module, loader(examples.tokens[:15]))
 
 

@@ -18,9 +18,9 @@ from lightning_ipu_bert.strategies.ipu.program.options import ipu_options
 @pytest.mark.parametrize(
     ("size", "version", "message"),
     [
-        (0, 2, "There are no IPUs on this machine.*POPTORCH_IPU_MODEL=1.*compile_only"),
-        (16, 1, r"are of version 1, and programs need 2 \(Mk2\) or 21 \(C600\)"),
-        (2, 2, "needs 4 IPUs, and this machine does not have so many"),
+        (0, 2, "No IPUs are available on this machine.*POPTORCH_IPU_MODEL=1.*compile_only"),
+        (16, 1, r"have version 1, but programs need 2 \(Mk2\) or 21 \(C600\)"),
+        (2, 2, "needs 4 IPUs, but this machine has no such group"),
     ],
 )
 def test_a_machine_without_the_ipus_of_the_plan_is_refused(size, version, message, ipus, tmp_path):
@@ -106,13 +106,17 @@ def test_processes_share_the_training_data_and_evaluate_everything(popdist, monk
 @pytest.mark.parametrize(
     ("plan", "seed", "message"),
     [
-        ({"replication_factor": 4}, "1", "replication_factor=4, and poprun gives each process 2"),
+        (
+            {"replication_factor": 4},
+            "1",
+            "replication_factor=4 must be 2, the replicas per process of poprun",
+        ),
         (
             {"ipu_config": {"inference_replication_factor": 1}},
             "1",
-            "inference_replication_factor=1, and poprun gives each process 2",
+            "inference_replication_factor=1 must be 2, the replicas per process of poprun",
         ),
-        ({}, "", "poprun has started 2 processes, and without a seed"),
+        ({}, "", "poprun has started 2 processes, which without a seed"),
     ],
 )
 def test_poprun_and_the_plan_must_agree(plan, seed, message, popdist, monkeypatch, tmp_path):

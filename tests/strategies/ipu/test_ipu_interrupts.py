@@ -108,7 +108,7 @@ def test_a_second_ends_at_once_and_saves_nothing(make, tmp_path, caplog, capfd):
     assert len(steps.losses) == SENT
     assert not (tmp_path / "last.ckpt").exists()
     assert not any("To resume" in line for line in caplog.messages)
-    assert "Once more ends it at once, and saves nothing" in capfd.readouterr().err
+    assert "Press it again to end immediately without saving" in capfd.readouterr().err
 
     make(tmp_path).fit(module, batches(examples, make))
     make(tmp_path).validate(module, batches(examples, make), verbose=False)

@@ -181,5 +181,5 @@ def test_profiling_extends_the_engine_options_and_leaves_them_as_they_were(befor
 
 def test_engine_options_that_cannot_be_extended_are_refused(monkeypatch):
     monkeypatch.setenv("POPLAR_ENGINE_OPTIONS", "autoReport.all=true")
-    with pytest.raises(UserError, match="is no JSON object"), profiled("reports"):
+    with pytest.raises(UserError, match="is not a JSON object"), profiled("reports"):
         pass

@@ -139,11 +139,11 @@ class WithDampening:
 
 TWICE = {"ipu_config": {"device_iterations": 2}}
 REFUSALS = {
-    "two optimizers": (TwoOptimizers, {}, {}, "gives several optimizers or none"),
-    "LBFGS": (WithLBFGS, {}, {}, "LBFGS is not possible on IPUs"),
-    "own update": (WithOwnUpdate, {}, {}, "OwnUpdate is not possible on IPUs"),
+    "two optimizers": (TwoOptimizers, {}, {}, "must return exactly one optimizer"),
+    "LBFGS": (WithLBFGS, {}, {}, "LBFGS is not supported on IPUs"),
+    "own update": (WithOwnUpdate, {}, {}, "OwnUpdate is not supported on IPUs"),
     "amsgrad": (WithAmsgrad, {}, {}, r"AdamW\(amsgrad=True\)"),
-    "manual optimization": (ByHand, {}, {}, "optimizes manually"),
+    "manual optimization": (ByHand, {}, {}, "uses manual optimization"),
     "accumulation of the Trainer": (
         None,
         {"accumulate_grad_batches": 2},
@@ -156,10 +156,20 @@ REFUSALS = {
         {},
         "clips by norm only",
     ),
-    "RMSprop": (WithRMSprop, {}, {}, "RMSprop is not possible on IPUs. Use AdamW, Adam, SGD, or L"),
+    "RMSprop": (
+        WithRMSprop,
+        {},
+        {},
+        "RMSprop is not supported on IPUs. Use AdamW, Adam, SGD, or L",
+    ),
     "clipping of SGD": (WithSGD, {"gradient_clip_val": 1.0}, {}, "with SGD"),
     "clipping of Adam": (WithDecayingAdam, {"gradient_clip_val": 1.0}, {}, "with Adam"),
-    "parameters in no group": (HeadOnly, {}, {}, r"bert\.embeddings.* is in no group of AdamW"),
+    "parameters in no group": (
+        HeadOnly,
+        {},
+        {},
+        r"bert\.embeddings.* is in no parameter group of AdamW",
+    ),
     "clipping of LAMB": (None, {"gradient_clip_val": 1.0}, {"lamb": True}, "with LAMB"),
     "own clipping": (OwnClipping, {}, {}, "overrides configure_gradient_clipping"),
     "SWA": (None, {"callbacks": [StochasticWeightAveraging(0.1)]}, {}, "StochasticWeightAveraging"),
@@ -185,11 +195,11 @@ REFUSALS = {
     "val_check_interval": (None, {"val_check_interval": 2}, TWICE, "val_check_interval=2 counts"),
     "frequency of a schedule": (OddSchedule, {}, TWICE, "frequency=3 updates"),
     "scaled loss": (ScaledLoss, {}, {}, "was multiplied by 0.5 after run_loss"),
-    "run_output in training": (OutputInTraining, {}, {}, "would change programs on the IPUs"),
-    "penalty": (Penalty, {}, {}, "has a part that run_loss did not compute"),
+    "run_output in training": (OutputInTraining, {}, {}, "would switch programs on the IPUs"),
+    "penalty": (Penalty, {}, {}, "has a part that is not computed by run_loss"),
     "two losses": (TwoLosses, {}, {}, "run_loss was called twice"),
     "parts of blocks": (PartsOfBlocks, {}, {}, "does not call the block qa_outputs as a module"),
-    "what is no tensor": (PlainNumberInBatch, {}, {}, "uses something of the batch that is no"),
+    "what is no tensor": (PlainNumberInBatch, {}, {}, "uses a value of the batch that is not a"),
     "eps": (WithoutEps, {}, {}, "must be above 0 on IPUs"),
     "dampening": (WithDampening, {}, {}, r"SGD\(dampening=0.5\)"),
     "finetuning": (None, {"callbacks": [BackboneFinetuning()]}, {}, "BaseFinetuning changes which"),
@@ -201,7 +211,7 @@ REFUSALS = {
         None,
         {},
         {"layers_per_stage": [2, 2, 2], "gradient_accumulation_steps": 8},
-        "powers of two",
+        "power of two",
     ),
     "serialization": (
         None,
@@ -259,7 +269,7 @@ def test_other_precisions_are_refused(precision, tmp_path):
 
 @pytest.mark.parametrize("changes", [{"stages_per_rank": 2}, {"schedule": "gpipe"}])
 def test_what_only_ranks_have_is_refused(changes):
-    with pytest.raises(UserError, match="is not possible on IPUs"):
+    with pytest.raises(UserError, match="is not supported on IPUs"):
         ipu_strategy(**changes)
 
 
@@ -272,7 +282,7 @@ def test_ipus_with_another_strategy_are_refused_and_nothing_is_started(
         monkeypatch.delenv(name)
     module, examples = make_model("language model")
     trainer = ipu_trainer(tmp_path, strategy=strategy, devices=4)
-    with pytest.raises(UserError, match="accelerator='ipu' works with IPUStrategy"):
+    with pytest.raises(UserError, match="accelerator='ipu' requires IPUStrategy"):
         trainer.fit(module, loader(examples))
 
 
@@ -284,7 +294,7 @@ def test_devices_are_ipus(devices, tmp_path):
 
 
 def test_devices_that_are_no_number_are_refused(tmp_path):
-    with pytest.raises(UserError, match="devices='many' is no number of IPUs"):
+    with pytest.raises(UserError, match="devices='many' must be a number of IPUs"):
         ipu_trainer(tmp_path, devices="many")
 
 
