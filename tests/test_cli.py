@@ -115,7 +115,7 @@ def test_help_describes_every_option(verb, capsys):
         in text
     )
     if verb == "fit":
-        assert "Highest learning rate of AdamW." in text
+        assert "Peak learning rate of AdamW." in text
         assert "Write the raw start and end logits, too." in text
 
 
@@ -233,10 +233,14 @@ def test_the_checkpoint_decides_and_says_so_where_options_differ(run, trained, q
     words += ["--data.validation_file", str(quickstart / "validation.json")]
     with caplog.at_level("INFO"):
         run(*words)
-    assert "The checkpoint decides" not in caplog.text
+    assert "Using settings of the checkpoint" not in caplog.text
     with caplog.at_level("INFO"):
         run(*words, "--model.learning_rate=0.5", "--data.max_length=64")
-    said = [r.getMessage() for r in caplog.records if "The checkpoint decides" in r.getMessage()]
+    said = [
+        r.getMessage()
+        for r in caplog.records
+        if "Using settings of the checkpoint" in r.getMessage()
+    ]
     assert len(said) == 1
     assert "learning_rate=0.004 (given: 0.5)" in said[0]
     assert "max_length=128 (given: 64)" in said[0]

@@ -26,11 +26,11 @@ from lightning_ipu_bert.pipeline.rules import enforce
         ({"schedule": "1b1f"}, ["'1b1f' is unknown", "'1f1b'"]),
         ({"schedule": "gpip"}, ["Did you mean 'gpipe'"]),
         ({"schedule": "interleaved_1f1b"}, ["stages_per_rank=1", "2 or more"]),
-        ({"schedule": "gpipe", "stages_per_rank": 2}, ["one stage on a rank"]),
-        ({"gradient_accumulation_steps": 3}, ["=3 is too few", "on 4 stages", "4 or more"]),
+        ({"schedule": "gpipe", "stages_per_rank": 2}, ["one stage per rank"]),
+        ({"gradient_accumulation_steps": 3}, ["=3 is too few", "with 4 stages", "4 or more"]),
         (
             {"schedule": "zero_bubble", "gradient_accumulation_steps": 9},
-            ["=9 must be divisible by 2, the rounds", "12"],
+            ["=9 must be divisible by 2, the number of rounds", "12"],
         ),
     ],
 )

@@ -196,7 +196,7 @@ def test_ipus_come_in_powers_of_two_up_to_64(stages, replicas, rounds):
     if count <= 64 and (rounds or count in (1, 2, 4, 8, 16, 32, 64)):
         enforce(program_rules(config.training, rounds))
     else:
-        with pytest.raises(UserError, match=f"are {count} "):
+        with pytest.raises(UserError, match=f"is {count} "):
             enforce(program_rules(config.training, rounds))
 
 

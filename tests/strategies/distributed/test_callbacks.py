@@ -160,7 +160,7 @@ def _ignored(plan, folder):
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(heard)
     trainer = train(plan, folder, max_epochs=1)
     trainer.validate(Worsening(), DataLoader(Sentences(12), 4), verbose=False)
-    return [line for line in heard.lines if "Without effect" in line]
+    return [line for line in heard.lines if "Ignored without" in line]
 
 
 def test_the_plan_of_an_ipu_config_counts_and_what_ranks_ignore_is_named_once(tmp_path):

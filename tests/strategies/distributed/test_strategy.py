@@ -288,7 +288,7 @@ def test_what_cannot_work_is_refused_before_processes_start(tmp_path):
     message = error_of(TWO, tmp_path, module=NoProtocol())
     assert "NoProtocol cannot be pipelined" in message
     message = error_of(TWO, tmp_path, module=HalfProtocol())
-    assert "lacks stage_forward, pipeline_loss" in message
+    assert "does not define stage_forward, pipeline_loss" in message
 
 
 class OwnAveraging(pl.callbacks.StochasticWeightAveraging):

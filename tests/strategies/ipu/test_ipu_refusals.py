@@ -148,7 +148,7 @@ REFUSALS = {
         None,
         {"accumulate_grad_batches": 2},
         {},
-        "must be 1 with pipeline stages",
+        "must be 1 with a pipeline strategy",
     ),
     "clipping by value": (
         None,
