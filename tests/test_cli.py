@@ -116,7 +116,7 @@ def test_help_describes_every_option(verb, capsys):
     )
     if verb == "fit":
         assert "Peak learning rate of AdamW." in text
-        assert "Write the raw start and end logits, too." in text
+        assert "Whether to also write start and end logits." in text
 
 
 REFUSED = {
