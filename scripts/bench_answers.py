@@ -6,7 +6,7 @@
 Without `--logits` (written by `predict --predictions.write_logits true`) the logits are random with
 the peaks of a trained model: the right span and some others stand out. Both sides turn the same
 arrays into the same answers and n-best lists; the ratio is the median over interleaved pairs.
-Measured twice: the usual loop reads its windows from the data set of features, as run_qa.py does,
+Measured twice: the usual loop reads its windows from the dataset of features, as run_qa.py does,
 and from a list in memory, which nobody does but which leaves nothing but the loop itself.
 """
 
@@ -52,7 +52,7 @@ def main() -> None:
         logits = imitated_logits(features)
     others = set(features.column_names) - {"input_ids", "token_type_ids", "question"}
     stored = features.map(with_offset_mapping, remove_columns=list(others))
-    rows = {"in a data set": stored, "in memory": list(stored)}
+    rows = {"in a dataset": stored, "in memory": list(stored)}
     masked = passage_logits(rows["in memory"], logits)
     rules = AnswerRules()
 

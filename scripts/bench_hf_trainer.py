@@ -5,7 +5,7 @@
     python scripts/bench_hf_trainer.py speed  --train_file T --validation_file V --model M
 
 parity: 20 updates on identical batches, float32, no dropout: the largest difference of losses.
-full:   the Trainer's whole run (2 epochs), then exact match and F1 of its predictions. Ours is
+full:   the full run of the Trainer (2 epochs), then exact match and F1 of its predictions. Ours is
         `python -m lightning_ipu_bert fit --config configs/squad_minilm.yaml`.
 speed:  both train blocks of updates on the same batches in turn; the median ratio of their times.
 

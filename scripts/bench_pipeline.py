@@ -136,7 +136,7 @@ def time_of_ranks(options: argparse.Namespace) -> None:
 
 def parts_of(updates: Sequence[Update], transfer: float) -> Dict[str, float]:
     """Part the time of one update of all ranks; the shares sum up to 1."""
-    ranks, whole = len(updates), max(u.end for u in updates) - min(u.begin for u in updates)
+    ranks, total = len(updates), max(u.end for u in updates) - min(u.begin for u in updates)
     actions = [action for update in updates for action in update.actions]
     real = [durations_of(actions, stage) for stage in range(ranks)]
     mean = Durations(*(sum(values) / ranks for values in zip(*real)))
@@ -151,9 +151,9 @@ def parts_of(updates: Sequence[Update], transfer: float) -> Dict[str, float]:
         "transfer, a hidden state or gradient a micro-batch": transfers,
         "unevenness between micro-batches (remainder)": schedule - uneven - transfers,
         "optimizer": optimizer,
-        "splitting, hooks, logging (remainder)": whole - schedule - optimizer,
+        "splitting, hooks, logging (remainder)": total - schedule - optimizer,
     }
-    return {name: value / whole for name, value in seconds.items()}
+    return {name: value / total for name, value in seconds.items()}
 
 
 def durations_of(actions: Sequence[Done], stage: int) -> Durations:
@@ -174,7 +174,7 @@ def span(actions: Sequence[Done]) -> float:
 
 
 def idle(options: argparse.Namespace) -> None:
-    """Print the measured idle share of every rank beside the predicted bubble."""
+    """Print the measured idle time of every rank and the predicted bubble fraction."""
     for schedule in ("gpipe", "1f1b"):
         for micro_batches in (4, 8, 16):
             plan = {
@@ -221,15 +221,15 @@ def rts(options: argparse.Namespace) -> None:
     for stages, replicas in ((1, 2), (1, 4), (2, 2)):
         plan = {"layers_per_stage": [-1] * stages, "replication_factor": replicas}
         plan["gradient_accumulation_steps"] = stages
-        whole = run_ranks(stages * replicas, state_bytes, plan, timeout=600)
+        full = run_ranks(stages * replicas, state_bytes, plan, timeout=600)
         plan["replicated_tensor_sharding"] = True
         split = run_ranks(stages * replicas, state_bytes, plan, timeout=600)
-        ratios = ", ".join(f"{a / b:.4f}" for a, b in zip(split, whole))
+        ratios = ", ".join(f"{a / b:.4f}" for a, b in zip(split, full))
         print(f"{stages} x {replicas}: state with RTS / without, by rank: {ratios}", flush=True)
 
 
 def stash(options: argparse.Namespace) -> None:
-    """Print the peak of the bytes held for the backward beside the predicted one."""
+    """Print the peak of the stash in bytes and the predicted one."""
     tokens = options.micro_batch * LENGTH
     for schedule in ("gpipe", "1f1b"):
         depths = stash_depths(schedule, 2, 1, MICRO_BATCHES)

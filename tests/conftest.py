@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a small corpus with its tokenizer, and where the real data lie."""
+"""Fixtures of all tests: a small corpus with its tokenizer, and the folders of real data."""
 
 import logging
 import os

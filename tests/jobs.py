@@ -124,12 +124,12 @@ def kill_once(chance: random.Random, unharmed: Dict[int, float], seconds: float)
         assert last.exists() or done < 4, f"{story}: nothing was saved\n{output}"
         more = ["none", "0", *([str(last)] if last.exists() else [])]
         code, output, _ = begin_run(Path(folder), *more, epochs=epochs).end()
-        assert code == 0, f"{story}: does not go on\n{output}"
+        assert code == 0, f"{story}: does not resume\n{output}"
         resumed = losses_in(output)
         expected = {step: unharmed[step] for step in range(min(resumed), max(unharmed) + 1)}
         assert resumed == expected, f"{story}: other losses\n{output}"
-        assert min(resumed) >= done - 2, f"{story}: goes on from step {min(resumed)}\n{output}"
-    return f"{story}: ended in {took:.1f} s, went on from step {min(resumed)}"
+        assert min(resumed) >= done - 2, f"{story}: resumes from step {min(resumed)}\n{output}"
+    return f"{story}: ended in {took:.1f} s, resumed from step {min(resumed)}"
 
 
 def is_rank(pid: int, run: Run) -> bool:

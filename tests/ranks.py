@@ -1,6 +1,6 @@
 """Ranks as forked processes, for benchmarks and tests.
 
-Quick to start, and not the running script anew, as by Lightning's launcher.
+Faster than Lightning's launcher, which runs the current script again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run that one stack began goes on on the other, by the command line as people use it.
+"""A run of one stack resumes on the other, by the command line.
 
 The other stack is that of $OTHER_STACK_PYTHON; `scripts/test_sdk_stack` sets it.
 """

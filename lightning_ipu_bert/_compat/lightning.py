@@ -215,9 +215,7 @@ def count_saved_batch(checkpoint: Dict[str, Any]) -> None:
         return
     for span in ("total", "current"):
         batches[span]["completed"] += 1
-        if batches[
-            "is_last_batch"
-        ]:  # the epoch is done except for its validation, as in newer versions
+        if batches["is_last_batch"]:  # the epoch is complete except for its validation
             epochs[span]["processed"] += 1
             epochs[span]["completed"] += 1
     steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]

@@ -62,7 +62,7 @@ def block_of(name: str, blocks: Sequence[str]) -> Optional[str]:
 
 
 def series_of(block: str) -> Optional[str]:
-    """Return the name without the trailing number, or None if there is no number."""
+    """Return the name without the trailing number, or None without one."""
     match = NUMBERED.fullmatch(block)
     return match["series"] or "" if match else None
 

@@ -15,7 +15,7 @@ class PipelineExecutor(Protocol):
         """Return the loss of a batch; if gradients are enabled, its `backward` sets them."""
 
     def output(self, batch: Any) -> Any:
-        """Return the output of the last block for the whole batch, on every rank."""
+        """Return the output of the last block for the full batch, on every rank."""
 
 
 class PipelineModule:

@@ -162,5 +162,5 @@ def test_what_is_written_is_in_the_official_format(tmp_path):
     ("corpus", "digest"), [(TRAIN, "fce995f7b70d"), (VALIDATION, "59acf2efc543")]
 )
 def test_the_corpus_is_the_one_of_the_results(corpus, digest):
-    """On every Python; who changes it, measures anew."""
+    """On every Python; a change requires new measurements."""
     assert hashlib.sha256(json.dumps(corpus).encode()).hexdigest().startswith(digest)

@@ -1,4 +1,4 @@
-"""Ranks that Lightning starts all raise, and the script goes on.
+"""Ranks that Lightning starts all raise, and the script continues.
 
 python exception_script.py FOLDER
 """

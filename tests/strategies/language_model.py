@@ -1,4 +1,4 @@
-"""A small decoder language model: what somebody else's project brings to the pipeline."""
+"""A small decoder language model, as in a project of a user."""
 
 import lightning.pytorch as pl
 import torch

@@ -1,4 +1,4 @@
-"""What somebody does in a notebook: ranks are forked from the process that is there."""
+"""As in a notebook: ranks are forked from the current process."""
 
 import warnings
 

@@ -83,7 +83,7 @@ def test_facts_of_foreign_strategies_are_the_defaults():
     assert facts_of(None) == StrategyFacts()
     trainer = SimpleNamespace(strategy=SingleDeviceStrategy())
     assert facts_of(trainer) == StrategyFacts()
-    trainer.strategy.facts = {"micro_batches_per_batch": 8}  # somebody's own, of another kind
+    trainer.strategy.facts = {"micro_batches_per_batch": 8}  # of another package, with another type
     assert facts_of(trainer) == StrategyFacts()
 
 

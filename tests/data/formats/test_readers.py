@@ -137,7 +137,7 @@ def test_misplaced_answers_can_be_skipped_and_are_counted(write, caplog):
 
 @pytest.fixture
 def hub_folder(tmp_path):
-    """A data set with SQuAD's columns, as `load_dataset` finds it in a folder."""
+    """A dataset with the columns of SQuAD, as `load_dataset` finds it in a folder."""
     rows = [
         {
             "id": f"{split}{i}",

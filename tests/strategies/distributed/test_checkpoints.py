@@ -1,4 +1,4 @@
-"""A checkpoint knows no layout: it is saved on one and resumed on any other."""
+"""Checkpoints are layout-independent: saved on one layout and resumed on any other."""
 
 import json
 import warnings

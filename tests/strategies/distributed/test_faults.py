@@ -1,4 +1,4 @@
-"""A rank comes to harm: the job ends soon, says why, leaves nothing behind, and can go on."""
+"""A rank fails: the job exits within seconds, reports why, leaves no process, and can resume."""
 
 import random
 import time

@@ -1,4 +1,4 @@
-"""What belongs to a run ends with it: also where all ranks raise, and somebody goes on."""
+"""State of a run ends with it, even if all ranks raise and the script continues."""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Stages on IPUs: what is traced, where it lies, and that nothing of it stays."""
+"""Stages on IPUs: tracing, placement, and that annotations are removed."""
 
 from contextlib import suppress
 

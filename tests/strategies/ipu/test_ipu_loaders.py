@@ -96,7 +96,7 @@ def test_batches_of_a_process_of_its_own_can_be_kept():
 
 
 class Pairs:
-    """A batch sampler of a user's own, which knows no more than torch asks for."""
+    """A custom batch sampler with only the methods that torch requires."""
 
     def __init__(self, count, **attributes):
         self.batches = [[i, count - 1 - i] for i in range(count // 2)]

@@ -1,7 +1,7 @@
 """Handling of SIGTERM and Ctrl-C between two steps, on all ranks.
 
 Lightning's handlers communicate immediately: they broadcast, or gather a checkpoint. A signal may
-arrive at any time: a rank that waits for a hidden state would not take part, and the rank that
+arrive at any time: a rank that waits for a hidden state would not reach the collective, and the rank that
 should send it would block in the handler.
 """
 

@@ -1,1 +1,1 @@
-"""The programs that PopTorch compiles: what is traced, placed, optimized and kept in step."""
+"""The programs that PopTorch compiles: tracing, placement, optimizer, and state."""

@@ -142,7 +142,7 @@ class InferenceNetwork(TracedNetwork):
 
 @contextmanager
 def every_block_called(module: Any) -> Iterator[None]:
-    """Check that all blocks are called within the context: IPUs place what is called.
+    """Check that all blocks are called within the context: only called modules are placed.
 
     Raises:
         UserError: If one is not.
