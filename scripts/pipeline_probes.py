@@ -158,7 +158,7 @@ def state_bytes(plan: Dict[str, Any]) -> int:
 
 
 def transfer_seconds(micro_batch: int, times: int = 50) -> float:
-    """Return how long a hidden state takes from one rank to the next, by sending it back and forth."""
+    """Return the time to send a hidden state between two ranks, measured back and forth."""
     rank = int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=2)
     hidden = torch.zeros(micro_batch, LENGTH, MINILM["hidden_size"])

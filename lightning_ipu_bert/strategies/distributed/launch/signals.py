@@ -1,8 +1,8 @@
 """Handling of SIGTERM and Ctrl-C between two steps, on all ranks.
 
 Lightning's handlers communicate immediately: they broadcast, or gather a checkpoint. A signal may
-arrive at any time: a rank that waits for a hidden state would not reach the collective, and the rank that
-should send it would block in the handler.
+arrive at any time: a rank that waits for a hidden state would not reach the collective, and
+the rank that should send it would block in the handler.
 """
 
 from __future__ import annotations
