@@ -102,7 +102,8 @@ class QuestionAnsweringCLI(PlainCLI):
         """Parse the arguments, then override them by those of a checkpoint."""
         self.config = parser.parse_args(args)
         options = self.config[self.config.subcommand]
-        set_run_folder(options.trainer)
+        data = options.data
+        set_run_folder(options.trainer, bool(data.validation_file or data.dataset_name))
         path = options.get("ckpt_path")
         if path and not LIGHTNINGS_OWN.match(str(path)):
             defaults = self.defaults_of(self.config.subcommand)

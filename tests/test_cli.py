@@ -1,6 +1,7 @@
 import json
 import re
 import shlex
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import yaml
 from official_scores import score
 
 from lightning_ipu_bert.cli import find_config, main, shipped_configs
+from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.strategies.distributed.launch.launcher import ScriptLauncher
 
 CONFIGS = sorted(shipped_configs().glob("*.yaml"))
@@ -262,3 +264,53 @@ def test_the_config_of_a_run_repeats_it(run, trained, tmp_path, capsys):
         main(["fit", "--config", str(saved), "--print_config"])
     assert caught.value.code == 0
     capsys.readouterr()
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """Parse the words of a verb; give the options of the Trainer."""
+    found = []
+    monkeypatch.setattr(
+        "lightning_ipu_bert.cli.QuestionAnsweringCLI.instantiate_classes",
+        lambda cli: found.append(cli.config[cli.config.subcommand].trainer) or sys.exit(),
+    )
+
+    def parsed(*words):
+        with pytest.raises(SystemExit):
+            main(["fit", "--trainer.default_root_dir=folder", *words])
+        return found.pop()
+
+    return parsed
+
+
+def test_a_run_logs_and_saves_in_its_folder(parsed):
+    trainer = parsed("--data.validation_file=v.json")
+    assert trainer.logger.class_path.endswith("CSVLogger")
+    assert trainer.logger.init_args.save_dir == "folder"
+    (callback,) = trainer.callbacks
+    assert callback.init_args.dirpath == "folder"
+    assert (callback.init_args.filename, callback.init_args.monitor) == ("best", "val/f1")
+    assert callback.init_args.save_last
+    (callback,) = parsed().callbacks  # nothing validates: there is no best one
+    assert callback.init_args.get("monitor") is None
+    assert callback.init_args.save_last
+
+
+def test_a_config_overrides_what_a_run_logs_and_saves(parsed):
+    trainer = parsed("--trainer.logger=false", "--trainer.callbacks=[]")
+    assert trainer.logger is False
+    assert trainer.callbacks == []
+    trainer = parsed("--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.filename=mine")
+    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+    assert callbacks[0].init_args.filename == "mine"
+    assert callbacks[0].init_args.dirpath == "folder"
+    own = parsed("--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.dirpath=other")
+    callbacks = own.callbacks if isinstance(own.callbacks, list) else [own.callbacks]
+    assert callbacks[0].init_args.dirpath == "other"
+
+
+def test_debug_shows_the_traceback_of_an_error_of_a_value(refused):
+    words = ["validate", "--ckpt_path", "nowhere.ckpt"]
+    assert "nowhere.ckpt" in refused(*words)
+    with pytest.raises(UserError, match=r"nowhere\.ckpt"):
+        main([*words, "--debug"])
