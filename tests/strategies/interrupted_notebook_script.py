@@ -27,8 +27,11 @@ class Interrupt(pl.Callback):
         self.notebook = notebook
 
     def send(self):
-        if sys.argv[1] == "terminal":
-            os.killpg(0, signal.SIGINT)
+        if sys.argv[1] == "terminal":  # to a notebook that is slow to forward it
+            os.kill(self.notebook, signal.SIGSTOP)
+            os.killpg(os.getpgid(self.notebook), signal.SIGINT)
+            time.sleep(0.5)
+            os.kill(self.notebook, signal.SIGCONT)
         else:
             os.kill(self.notebook, signal.SIGINT)
         time.sleep(0.5)

@@ -1,11 +1,16 @@
 """A rank fails: the job exits within seconds, reports why, leaves no process, and can resume."""
 
+import multiprocessing
 import random
+import subprocess
+import sys
 import time
 
 import pytest
 from jobs import begin_run, kill_once, lines_naming, losses_in, train_unharmed
 from model_helpers import needs_pipelining
+
+from lightning_ipu_bert.strategies.distributed.launch import watch
 
 pytestmark = needs_pipelining
 
@@ -88,3 +93,21 @@ def test_sigterm_in_a_validation_ends_all_at_its_next_batch(rank, tmp_path):
     assert len(losses_in(output)) == 8
     assert 1 <= output.count("validation ") <= 2  # of four batches
     assert "not reached" not in output
+
+
+def test_a_rank_that_ended_by_a_second_interrupt_is_reported_by_its_launcher(capfd):
+    """The launcher may be in a collective, where no handler of a signal runs."""
+    context = multiprocessing.get_context("fork")
+    launcher = context.Process(target=_launch_a_rank_that_is_interrupted)
+    launcher.start()
+    launcher.join(30)
+    assert launcher.exitcode == watch.INTERRUPTED
+    assert capfd.readouterr().err.count("Ended immediately by Ctrl-C; nothing was saved.") == 1
+
+
+def _launch_a_rank_that_is_interrupted():
+    sys.stderr = sys.__stderr__
+    watch.running.set()
+    rank = subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({watch.INTERRUPTED})"])
+    watch.watch_children([rank])
+    time.sleep(20)

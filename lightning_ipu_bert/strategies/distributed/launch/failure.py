@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import traceback
 from typing import NoReturn
@@ -19,6 +20,9 @@ GRACE_SECONDS = 10.0
 """How long a rank that lost a connection waits for the failed rank to report."""
 AGREEMENT_SECONDS = 3.0
 """How long a failed rank waits for the other ranks to fail with the same error."""
+
+_interrupt_is_unreported = threading.Lock()
+"""Taken by the first of the signal handler and the monitoring thread that reports."""
 
 
 def all_failed_equally(exception: BaseException, launch: int) -> bool:
@@ -61,6 +65,12 @@ def leave(exception: BaseException) -> NoReturn:
         os._exit(REPORTED_USER_ERROR)
     traceback.print_exception(type(exception), exception, exception.__traceback__)
     os._exit(REPORTED)
+
+
+def report_interrupt() -> None:
+    """Print once per process that a second Ctrl-C ends the job."""
+    if _interrupt_is_unreported.acquire(blocking=False):
+        print_line("Ended immediately by Ctrl-C; nothing was saved.")
 
 
 def print_line(line: str) -> None:

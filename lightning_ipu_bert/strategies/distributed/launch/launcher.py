@@ -113,6 +113,6 @@ class ScriptLauncher(SubprocessScriptLauncher):
     def end_at_once(self) -> NoReturn:
         """Exit this rank and those started by it, after a second Ctrl-C."""
         if not self._was_launched:
-            failure.print_line("Ended immediately by Ctrl-C; nothing was saved.")
+            failure.report_interrupt()
         watch.kill(self.procs)
         os._exit(watch.INTERRUPTED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Callable, Iterator, NoReturn, Optional
 
 from lightning.pytorch import Trainer
@@ -48,9 +48,10 @@ class NotebookLauncher(MultiProcessingLauncher):
                 would exit the notebook and ignore further Ctrl-C.
         """
         self._prepare(trainer, args)
-        entry = Interruptible(function, trainer)
+        forwards = _handles_interrupts()
+        entry = Interruptible(function, trainer, own_group=forwards)
         try:
-            with self._forwarded_interrupts():
+            with self._forwarded_interrupts() if forwards else nullcontext():
                 return super().launch(entry, *args, trainer=trainer, **kwargs)
         except ProcessExitedException as error:
             if error.exit_code != watch.INTERRUPTED:
@@ -59,7 +60,7 @@ class NotebookLauncher(MultiProcessingLauncher):
 
     @contextmanager
     def _forwarded_interrupts(self) -> Iterator[None]:
-        """Forward Ctrl-C to the ranks within the context; a terminal sends it to them itself."""
+        """Forward Ctrl-C to the ranks within the context."""
         here, previous = os.getpid(), signal.getsignal(signal.SIGINT)
 
         def forward(number: int, _: Any) -> None:
@@ -67,10 +68,6 @@ class NotebookLauncher(MultiProcessingLauncher):
                 if process.pid is not None and process.is_alive():
                     os.kill(process.pid, number)
 
-        own = previous is not signal.default_int_handler
-        if own or threading.current_thread() is not threading.main_thread():
-            yield
-            return
         signal.signal(signal.SIGINT, forward)
         try:
             yield
@@ -82,6 +79,12 @@ class NotebookLauncher(MultiProcessingLauncher):
         os._exit(watch.INTERRUPTED)
 
 
+def _handles_interrupts() -> bool:
+    """Return whether Ctrl-C is handled here, and not by a handler of the user."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    return in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 class Interruptible:
     """Entry point of a run in a forked rank, in which Lightning does not handle Ctrl-C.
 
@@ -89,21 +92,26 @@ class Interruptible:
     notebook.
     """
 
-    def __init__(self, function: Callable[..., Any], trainer: Optional[Trainer]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], trainer: Optional[Trainer], own_group: bool
+    ) -> None:
         """Wrap an entry point.
 
         Args:
             function: The entry point.
             trainer: The Trainer.
+            own_group: Whether the rank gets Ctrl-C from the notebook only, and not a second time
+                from a terminal or kernel that sends it to the process group.
         """
         self._function = function
         self._trainer = trainer
+        self._own_group = own_group
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the entry point."""
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # instead of the handler of the notebook
+        if self._own_group:
+            os.setpgrp()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # not that of the notebook
         try:
             return self._function(*args, **kwargs)
         except InterruptedBetweenSteps as exception:

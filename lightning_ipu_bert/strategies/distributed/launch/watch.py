@@ -18,6 +18,7 @@ from lightning_ipu_bert.strategies.distributed.launch.failure import (
     REPORTED,
     REPORTED_USER_ERROR,
     print_line,
+    report_interrupt,
 )
 
 LAUNCHER_VARIABLE = "LIGHTNING_IPU_BERT_LAUNCHER"
@@ -44,7 +45,9 @@ def watch_children(children: List[subprocess.Popen[bytes]]) -> None:
     def end(rank: int, code: int) -> None:
         if code == REPORTED_USER_ERROR:
             time.sleep(GRACE_SECONDS / 5)  # this rank may be about to report the same
-        elif code not in (REPORTED, INTERRUPTED):
+        elif code == INTERRUPTED:
+            report_interrupt()  # this rank may be in a collective, and has not handled it yet
+        elif code != REPORTED:
             pid = children[rank - 1].pid
             print_line(f"Rank {rank} (process {pid}) {_how(code)}. The job ends.")
         kill(children)
