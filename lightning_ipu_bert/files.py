@@ -25,9 +25,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
     try:
         yield partial
         with partial.open("rb") as file:
-            os.fsync(
-                file.fileno()
-            )  # or a power failure could leave an empty file under the final name
+            os.fsync(file.fileno())  # a power failure must not leave an empty file
         os.replace(partial, path)
     finally:
         if partial.exists():

@@ -63,9 +63,7 @@ def _is_large_table(module: nn.Module) -> bool:
     if type(module) is not nn.Embedding:  # subclasses may override the lookup
         return False
     weight = module.weight
-    if (
-        weight.numel() < LARGE or weight.device.type != "cpu"
-    ):  # on CUDA the order of additions is not deterministic
+    if weight.numel() < LARGE or weight.device.type != "cpu":  # not deterministic on CUDA
         return False
     hooked = has_gradient_hooks(weight)
     special = module.sparse or module.scale_grad_by_freq or hooked or not weight.is_leaf
