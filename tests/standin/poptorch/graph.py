@@ -134,10 +134,12 @@ class Graph:
         _Trace.active = trace
         try:
             with torch.enable_grad():
-                # Real tensors are traced faster than fake ones; nothing of the run remains.
-                state = {name: value.detach().clone() for name, value in state.items()}
+                # Real tensors are traced faster, but CPUs lack kernels for half precision.
+                mode = "fake" if _has_half((state, args, kwargs)) else "real"
                 with torch.random.fork_rng(devices=[]):
-                    traced = make_fx(run)(state, list(args), dict(kwargs))
+                    traced = make_fx(run, tracing_mode=mode)(
+                        _copies(state), list(args), dict(kwargs)
+                    )
         finally:
             _Trace.active = None
         leaves, self.structure = out_structure[-1]
@@ -182,12 +184,22 @@ class Graph:
     def play(self, state, args, kwargs):
         """Run the graph; return its outputs and the value of every node that is a loss."""
         leaves = torch.utils._pytree.tree_flatten((state, list(args), dict(kwargs)))[0]
-        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float16 for x in leaves):
+        if _has_half(leaves):
             player = _Player(self.module)
             return player.run(*leaves), player.kept
         outputs, losses = self._replay(*leaves)
         values = [value[0] if isinstance(value, tuple) else value for value in losses]
         return outputs, dict(zip(self.losses, values))
+
+
+def _has_half(values):
+    leaves = torch.utils._pytree.tree_flatten(values)[0]
+    return any(isinstance(x, torch.Tensor) and x.dtype == torch.float16 for x in leaves)
+
+
+def _copies(state):
+    """Tensors that a trace may change in place, and that need gradients where the originals do."""
+    return {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in state.items()}
 
 
 def _replayed(traced, losses):
