@@ -56,7 +56,9 @@ class ConfigFile(ActionConfigFile):
     """Action of `--config`, for a file or the name of a shipped config."""
 
     @override
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+    def __call__(
+        self, parser: object, cfg: object, values: Any, option_string: object = None
+    ) -> None:
         """Apply a config file."""
         super().__call__(parser, cfg, find_config(values), option_string)  # type: ignore[no-untyped-call]
 
@@ -154,7 +156,7 @@ def follow_checkpoint(options: Any, defaults: Any, path: str) -> None:
         )
 
 
-def _agrees(given: Any, saved: Any) -> bool:
+def _agrees(given: object, saved: object) -> bool:
     if isinstance(given, dict) and isinstance(saved, dict):
         return all(saved.get(name) == value for name, value in given.items())
     return bool(given == saved)

@@ -124,7 +124,7 @@ def usual(file: str, tokenizer_path: str, cache: str) -> Any:
             while offsets[last][1] >= end_char:
                 last -= 1
             tokenized["end_positions"].append(last + 1)
-        return tokenized
+        return dict(tokenized)
 
     dataset = datasets.Dataset.from_dict(examples)
     features = dataset.map(

@@ -21,11 +21,13 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sized
 
 import lightning.pytorch as pl
+import numpy as np
+import tests_path  # noqa: F401
 import torch
-from score_predictions import score
+from official_scores import score
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     AutoTokenizer,
@@ -35,11 +37,12 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from typing_extensions import override
 
 from lightning_ipu_bert.data.answers import AnswerRules, Windows, decode
 from lightning_ipu_bert.data.feature_cache import cached_features
 from lightning_ipu_bert.data.formats import read_files
-from lightning_ipu_bert.data.loaders import Collator
+from lightning_ipu_bert.data.loaders import Batch, Collator
 from lightning_ipu_bert.data.logits import join_logits
 from lightning_ipu_bert.data.records import Rules
 from lightning_ipu_bert.data.settings import Windowing
@@ -54,9 +57,12 @@ class InOrderTrainer(Trainer):
 
     losses: List[float]
 
+    @override
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        assert isinstance(self.train_dataset, Sized)
         return SequentialSampler(self.train_dataset)
 
+    @override
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
         self.losses.append(float(loss[0] if isinstance(loss, tuple) else loss))
@@ -69,6 +75,7 @@ class LossHistory(pl.Callback):
     def __init__(self) -> None:
         self.losses: List[float] = []
 
+    @override
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
         self.losses.append(float(outputs["loss"]))
 
@@ -121,7 +128,7 @@ def our_trainer(folder: str, **changes: Any) -> pl.Trainer:
     return pl.Trainer(default_root_dir=folder, **{**quiet, **recipe, **changes})
 
 
-def our_loader(features: Any, pad_token_id: int) -> DataLoader:
+def our_loader(features: Any, pad_token_id: int) -> DataLoader[Batch]:
     """Return the features in order, in our batches."""
     return DataLoader(features, BATCH, collate_fn=Collator(pad_token_id))
 
@@ -208,8 +215,8 @@ def full(options: argparse.Namespace) -> None:
         # Or the Trainer would group the predictions by length, too, and give them in that order.
         trainer.args.train_sampling_strategy = "random"
         inputs = validation.select_columns(["input_ids", "token_type_ids"])
-        starts, ends = trainer.predict(inputs).predictions[:2]
-    logits = join_logits([(range(len(validation)), starts, ends)])
+        predictions = trainer.predict(inputs).predictions
+    logits = join_logits([(np.arange(len(validation)), *predictions[:2])])
     texts = decode(logits, Windows.of(validation), AnswerRules()).texts(question_set)
     scores = score(json.loads(Path(options.validation_file).read_text("utf8")), texts)
     print(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from pipeline_sides import LENGTH, MINILM, fit
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
+from typing_extensions import override
 
 
 class Done(NamedTuple):
@@ -42,6 +43,7 @@ class Watch(pl.Callback):
         self.updates: List[Update] = []
         self.actions: List[Done] = []
 
+    @override
     def on_fit_start(self, *_: Any) -> None:
         for kind, name in (("F", "forward_one_chunk"), ("B", "backward_one_chunk")):
             setattr(PipelineStage, name, self._timed(kind, getattr(PipelineStage, name)))
@@ -55,12 +57,15 @@ class Watch(pl.Callback):
 
         return run
 
+    @override
     def on_train_batch_start(self, *_: Any) -> None:
         self.actions, self.begin = [], time.perf_counter()
 
+    @override
     def on_before_optimizer_step(self, *_: Any) -> None:
         self.optimizer = time.perf_counter()
 
+    @override
     def on_train_batch_end(self, *_: Any) -> None:
         update = Update(self.begin, time.perf_counter(), self.optimizer, self.actions)
         self.updates.append(update)
@@ -88,11 +93,13 @@ class Stash(pl.Callback):
         self.holders: Dict[int, int] = {}
         self.weights: Set[int] = set()
 
+    @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self.weights = {p.untyped_storage().data_ptr() for p in pl_module.parameters()}
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor)
         self.hooks.__enter__()
 
+    @override
     def on_train_batch_end(self, *_: Any) -> None:
         self.hooks.__exit__()
 
@@ -136,7 +143,7 @@ def predicted_stash(layers: int, first: bool, last: bool, tokens: int, recompute
     hidden, inner = MINILM["hidden_size"], MINILM["intermediate_size"]
     layer = 8 * hidden + 2 * inner + MINILM["num_attention_heads"] + 4
     ends = (first + last) * (hidden + 2)
-    return 4 * tokens * (layers * (hidden if recompute else layer) + ends)
+    return int(4 * tokens * (layers * (hidden if recompute else layer) + ends))
 
 
 class StateBytes(pl.Callback):
@@ -144,6 +151,7 @@ class StateBytes(pl.Callback):
 
     bytes = 0
 
+    @override
     def on_train_end(self, trainer: Any, *_: Any) -> None:
         entries = trainer.optimizers[0].state.values()
         tensors = [value for entry in entries for value in entry.values() if value.dim()]

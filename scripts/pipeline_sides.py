@@ -19,6 +19,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForQuestionAnswering
+from typing_extensions import override
 
 from lightning_ipu_bert import BertForQuestionAnsweringModule, PipelineParallelStrategy
 from lightning_ipu_bert.training.optimizer import decay_groups
@@ -43,7 +44,7 @@ BERT_LARGE: Dict[str, Any] = {
 
 def now() -> float:
     """Return the time when all work is done, that of a GPU too."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -100,12 +101,14 @@ class InTurn(pl.Callback):
         self.turns, self.batches = turns, batches
         self.seconds: List[float] = []
 
+    @override
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx % self.batches == 0:
             self.begin = self.turns.begin()
 
+    @override
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -140,7 +143,8 @@ def fit(
     torch.manual_seed(0)
     module = BertForQuestionAnsweringModule(config=size, learning_rate=1e-4)
     batch = make_batch(examples, module.bert_config.vocab_size, length)
-    loader = DataLoader(range(batches), batch_size=None, collate_fn=lambda _: batch)
+    numbers: Any = range(batches)
+    loader = DataLoader(numbers, batch_size=None, collate_fn=lambda _: batch)
     strategy = PipelineParallelStrategy(**plan) if plan else None
     with tempfile.TemporaryDirectory() as folder:
         recipe: Dict[str, Any] = {
@@ -200,6 +204,7 @@ class BareStage(nn.Module):
         self.layers = network.bert.encoder.layer[begin : begin + layers[rank]]
         self.head = network.qa_outputs if rank == len(layers) - 1 else None
 
+    @override
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         if self.embeddings is not None:
             hidden = self.embeddings(hidden)
@@ -241,7 +246,7 @@ def by_bare_loop(
         for _ in range(turns.updates):
             optimizer.zero_grad()
             given = () if rank else (batch["input_ids"],)
-            more = {} if module.head is None else {"target": target}
+            more: Dict[str, Any] = {} if module.head is None else {"target": target}
             schedule.step(*given, mask=mask, return_outputs=False, **more)
             optimizer.step()
         seconds.append(turns.end(begin))

@@ -102,8 +102,9 @@ def _run(command: List[str], environment: Mapping[str, str], output: Optional[in
 
 def _forget_pytest() -> None:
     """Let output, signals, logs and warnings be those of a fresh interpreter."""
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf8", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, encoding="utf8", closefd=False)  # noqa: SIM115
+    stdout = open(1, "w", encoding="utf8", closefd=False)  # noqa: SIM115
+    stderr = open(2, "w", buffering=1, encoding="utf8", closefd=False)  # noqa: SIM115
+    vars(sys).update(stdout=stdout, stderr=stderr, __stdout__=stdout, __stderr__=stderr)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.resetwarnings()

@@ -31,7 +31,9 @@ class Run(NamedTuple):
 
     def wait_for_training(self) -> None:
         """Return when the first update is made."""
+        deadline = time.monotonic() + 120
         while self.process.poll() is None and not losses_in(self.output()):
+            assert time.monotonic() < deadline, self.output()
             time.sleep(0.02)
 
     def end(self, timeout: float = 120.0) -> Tuple[int, str, List[int]]:

@@ -83,6 +83,7 @@ def run(words, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_the_quickstart_learns_to_read_and_answers(tmp_path):
     """Exact match is below 5 before and at least 80 after, on names and values never seen."""
     quickstart = ["--config", "quickstart", *QUICKSTART_OPTIONS]

@@ -119,19 +119,19 @@ def on_device(module: LightningModule, device: torch.device) -> Iterator[None]:
         module._device = before
 
 
-def with_sampler(loader: DataLoader[Any], sampler: Sampler[Any]) -> DataLoader[Any]:
+def with_sampler(loader: DataLoader[object], sampler: Sampler[object]) -> DataLoader[object]:
     """Return a copy of a loader with a new sampler, as created by Lightning."""
     return _update_dataloader(loader, sampler)
 
 
-def unwrapped_batch_sampler(sampler: Any) -> Any:
+def unwrapped_batch_sampler(sampler: object) -> Any:
     """Return the batch sampler of the user, which Lightning wraps for `predict`."""
     if isinstance(sampler, _IndexBatchSamplerWrapper):
         return sampler._batch_sampler
     return sampler
 
 
-def record_indices(loader: DataLoader[Any], like: DataLoader[Any]) -> None:
+def record_indices(loader: DataLoader[object], like: DataLoader[object]) -> None:
     """Record the indices of batches for `predict` if the loader `like` does so."""
     sampler: Any = loader.batch_sampler
     if isinstance(like.batch_sampler, _IndexBatchSamplerWrapper):
@@ -236,6 +236,6 @@ class PlainCLI(LightningCLI):
     def _add_instantiators(self) -> None:
         """Do nothing: hyperparameters are plain values, `load_from_checkpoint` needs no parser."""
 
-    def defaults_of(self, subcommand: str) -> Any:
+    def defaults_of(self, subcommand: str) -> object:
         """Return the defaults of the options of a subcommand."""
         return self._parser(subcommand).get_defaults()

@@ -8,12 +8,10 @@ Files are relative to https://github.com/huggingface/transformers/tree/main/src.
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import BertConfig
 
 
-def layer_output(output: Any) -> Any:
+def layer_output(output: object) -> object:
     """Return the hidden states from the output of a BERT layer, a tuple before transformers 5."""
     return output[0] if isinstance(output, tuple) else output
 

@@ -28,7 +28,7 @@ MARGIN = 200
 
 def answer_questions(
     model: TrainedModel, questions: Sequence[str], context: str
-) -> List[Dict[str, Any]]:
+) -> List[Dict[str, object]]:
     """Answer questions about a passage.
 
     Args:

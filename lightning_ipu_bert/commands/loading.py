@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
+
+from transformers import PreTrainedTokenizerBase
 
 from lightning_ipu_bert.checkpoint_file import IPU_KEY, read_checkpoint
 from lightning_ipu_bert.data.answers import AnswerRules
@@ -17,7 +19,7 @@ class TrainedModel(NamedTuple):
     """A model with everything required to answer questions."""
 
     module: BertForQuestionAnsweringModule
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     windowing: Windowing
     rules: AnswerRules
     ipu_config: Optional[IPUConfig] = None

@@ -35,7 +35,7 @@ def set_run_folder(trainer: Namespace, validates: bool) -> None:
             callback.init_args.dirpath = str(folder)
 
 
-def _instance(class_path: str, **init_args: Any) -> Namespace:
+def _instance(class_path: str, **init_args: object) -> Namespace:
     make: Any = Namespace  # untyped in jsonargparse
     namespace: Namespace = make(class_path=class_path, init_args=make(**init_args))
     return namespace

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Dict, List, Mapping, Optional
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from lightning_ipu_bert.pipeline.rules import enforce
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 ROW_LENGTHS = {
     "input_ids": "counts",
@@ -46,7 +47,7 @@ def default_cache_dir() -> Path:
 
 def cached_features(
     question_set: QuestionSet,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     windowing: Windowing,
     cache_dir: Optional[Path] = None,
     description: str = "Features",
@@ -82,7 +83,9 @@ def cached_features(
     return load_from_disk(str(built_once(final, build)))
 
 
-def cache_key(question_set: QuestionSet, tokenizer: Any, windowing: Windowing) -> str:
+def cache_key(
+    question_set: QuestionSet, tokenizer: PreTrainedTokenizerBase, windowing: Windowing
+) -> str:
     """Return the hash of all inputs of features: data, tokenizer, window lengths and code.
 
     It includes the version of `datasets`, of which older ones cannot read files of newer ones.
@@ -107,7 +110,7 @@ def flat_column(dataset: Dataset, name: str) -> npt.NDArray[np.int64]:
 
 def build_dataset(
     question_set: QuestionSet,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     windowing: Windowing,
     description: Optional[str] = None,
 ) -> Dataset:
@@ -127,10 +130,10 @@ def build_dataset(
     return Dataset(table.append_column("feature", [np.arange(table.num_rows, dtype=np.int32)]))
 
 
-def _arrow_table(columns: Dict[str, Any]) -> pyarrow.Table:
+def _arrow_table(columns: Mapping[str, npt.NDArray[np.int64]]) -> pyarrow.Table:
     import pyarrow
 
-    arrays: Dict[str, Any] = {}
+    arrays: Dict[str, pyarrow.Array] = {}
     for name, lengths in ROW_LENGTHS.items():
         bounds = np.concatenate([[0], np.cumsum(columns[lengths])]).astype(np.int32)
         kind = np.int8 if name == "token_type_ids" else np.int32

@@ -12,7 +12,7 @@ Shapes: Q questions, P passages, F features (windows), T tokens of all texts.
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterator, NamedTuple, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, Iterator, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from lightning_ipu_bert.data.tokenized import (
     starts_of,
 )
 from lightning_ipu_bert.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 QUESTIONS_PER_CHUNK = 4096
 """Limits the memory of a chunk to a few hundred megabytes."""
@@ -46,8 +49,8 @@ class TokenSpans(NamedTuple):
 
 
 def features_in_chunks(
-    question_set: QuestionSet, tokenizer: Any, windowing: Windowing
-) -> Iterator[Tuple[int, Dict[str, Any]]]:
+    question_set: QuestionSet, tokenizer: PreTrainedTokenizerBase, windowing: Windowing
+) -> Iterator[Tuple[int, Dict[str, IntArray]]]:
     """Yield the features of a split, in chunks of questions.
 
     Args:
@@ -143,7 +146,7 @@ def build_features(
     windowing: Windowing,
     special: Tuple[int, int],
     first_question: int = 0,
-) -> Dict[str, Any]:
+) -> Dict[str, IntArray]:
     """Split passages into windows after their questions, for a chunk of questions.
 
     Args:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterator, Optional
+from typing import TYPE_CHECKING, Callable, Iterator, Optional, TypeVar
 
 from lightning_ipu_bert.data.questions import Answer
 from lightning_ipu_bert.data.records import Record
 from lightning_ipu_bert.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+T = TypeVar("T")
 
 
 def records(name: str, config: Optional[str], split: str) -> Iterator[Record]:
@@ -35,7 +40,7 @@ def records(name: str, config: Optional[str], split: str) -> Iterator[Record]:
         yield Record(place, str(item["id"]), item["question"], item["context"], known)
 
 
-def _load_hub(name: str, config: Optional[str], split: str) -> Any:
+def _load_hub(name: str, config: Optional[str], split: str) -> Dataset:
     import datasets  # takes a second to import
 
     splits = _explained(name, lambda: datasets.get_dataset_split_names(name, config))
@@ -47,7 +52,7 @@ def _load_hub(name: str, config: Optional[str], split: str) -> Any:
     return _explained(name, lambda: datasets.load_dataset(name, config, split=split))
 
 
-def _explained(name: str, load: Callable[[], Any]) -> Any:
+def _explained(name: str, load: Callable[[], T]) -> T:
     try:
         return load()
     except (OSError, ValueError) as error:

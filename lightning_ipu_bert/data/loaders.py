@@ -11,6 +11,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from typing_extensions import override
 
+Batch = Dict[str, Tensor]
+"""A batch of features; see `Collator`."""
+
 
 class Collator:
     """Pads and stacks features.
@@ -29,7 +32,7 @@ class Collator:
         self.pad_token_id = pad_token_id
         self.length = length
 
-    def __call__(self, features: Sequence[Dict[str, Any]]) -> Dict[str, Tensor]:
+    def __call__(self, features: Sequence[Dict[str, Any]]) -> Batch:
         """Return a batch of rows of a dataset of features."""
         input_ids = self._stack([f["input_ids"] for f in features], self.pad_token_id)
         counts = torch.tensor([len(f["input_ids"]) for f in features])
@@ -111,7 +114,7 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]  # not generic 
     _resume_from: Optional[Dict[str, int]] = None
 
     @override
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Yield the batches of the epoch, without those before the point of resumption."""
         sampler = self.sampler
         self._epoch = sampler.epoch if isinstance(sampler, DistributedSampler) else 0

@@ -5,13 +5,16 @@ Shapes: F windows, S sequence length, B windows of a batch.
 
 from __future__ import annotations
 
-from typing import Any, Iterable, NamedTuple, Tuple
+from typing import Iterable, NamedTuple, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+
+Parts = Iterable[Sequence[npt.ArrayLike]]
+"""Feature indices [B], start logits [B, S] and end logits [B, S] of each batch."""
 
 
 class Logits(NamedTuple):
@@ -30,7 +33,7 @@ class Logits(NamedTuple):
         return Logits(self.features[rows], self.starts[rows], self.ends[rows])
 
 
-def join_logits(parts: Iterable[Tuple[Any, Any, Any]]) -> Logits:
+def join_logits(parts: Parts) -> Logits:
     """Join the logits of batches of different length, without duplicate windows.
 
     Args:

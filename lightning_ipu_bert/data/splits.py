@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import TYPE_CHECKING, Dict, List, NamedTuple, Optional
 
 from lightning_ipu_bert.data.feature_cache import cached_features
 from lightning_ipu_bert.data.questions import QuestionSet
@@ -11,6 +11,10 @@ from lightning_ipu_bert.data.settings import Windowing
 from lightning_ipu_bert.data.sources import Sources
 from lightning_ipu_bert.data.tokenizer import load_tokenizer
 from lightning_ipu_bert.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "validation", "test", "predict")
 
@@ -27,7 +31,7 @@ class Split(NamedTuple):
     """Questions and features of a split."""
 
     question_set: QuestionSet
-    features: Any
+    features: Dataset
     """A `datasets.Dataset`: see `feature_cache.cached_features`."""
 
 
@@ -49,12 +53,12 @@ class Splits:
         self.windowing = windowing
         self.rules = rules
         self._tokenizer_name = tokenizer
-        self._tokenizer: Any = None
+        self._tokenizer: Optional[PreTrainedTokenizerBase] = None
         self._question_sets: Dict[str, QuestionSet] = {}
         self._splits: Dict[str, Split] = {}
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer.
 
         Raises:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_ipu_bert.data.answers import AnswerRules, Answers, Windows, decode
 from lightning_ipu_bert.data.feature_cache import default_cache_dir
-from lightning_ipu_bert.data.loaders import Collator, ResumableDataLoader, TrainingSampler
-from lightning_ipu_bert.data.logits import join_logits
+from lightning_ipu_bert.data.loaders import Batch, Collator, ResumableDataLoader, TrainingSampler
+from lightning_ipu_bert.data.logits import Parts, join_logits
 from lightning_ipu_bert.data.metrics import squad_scores
 from lightning_ipu_bert.data.records import Rules
 from lightning_ipu_bert.data.settings import data_rules, settings_of
@@ -115,7 +116,7 @@ class SquadDataModule(pl.LightningDataModule):
         self._resume_from: Optional[Dict[str, int]] = None
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded on first access."""
         return self.splits.tokenizer
 
@@ -153,10 +154,9 @@ class SquadDataModule(pl.LightningDataModule):
             self.splits.questions(name)
 
     @override
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """Return batches of training features, in the order of `TrainingSampler`."""
-        features = self.split("train").features
-        rows = features.data.column("input_ids").combine_chunks()
+        rows = self.split("train").features.data.column("input_ids").combine_chunks()
         sampler_kwargs = self.trainer.distributed_sampler_kwargs if self.trainer else None
         batch_size = self.hparams["micro_batch_size"] * self._micro_batches
         sampler = TrainingSampler(
@@ -166,28 +166,28 @@ class SquadDataModule(pl.LightningDataModule):
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # set by seed_everything
             **(sampler_kwargs or {}),
         )
-        loader = self._loader(features, batch_size, sampler)
+        loader = self._loader("train", batch_size, sampler)
         if self._resume_from:
             loader.load_state_dict(self._resume_from)
         return loader
 
     @override
-    def val_dataloader(self) -> Union[DataLoader[Any], Tuple[()]]:
+    def val_dataloader(self) -> Union[DataLoader[Batch], Tuple[()]]:
         """Return batches of `eval_micro_batch_size` validation features, or none."""
         return self._eval_loader("validation") if self.splits.sources.has("validation") else ()
 
     @override
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """Return batches of `eval_micro_batch_size` test features."""
         return self._eval_loader("test")
 
     @override
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> DataLoader[Batch]:
         """Return batches of `eval_micro_batch_size` features to predict."""
         return self._eval_loader("predict")
 
     @override
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> Dict[str, Dict[str, int]]:
         """Return the position in the training data.
 
         Lightning also saves the state of loaders, but restores only loaders that are created after
@@ -204,20 +204,20 @@ class SquadDataModule(pl.LightningDataModule):
         return {"train": state}
 
     @override
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Dict[str, int]]) -> None:
         """Resume the next training loader from the position of a checkpoint."""
         self._resume_from = state_dict.get("train")
 
-    def answers(self, split: str, parts: Iterable[Tuple[Any, Any, Any]]) -> Answers:
+    def answers(self, split: str, parts: Parts) -> Answers:
         """Decode the logits of the batches of a split into ranked answers.
 
         Args:
             split: Name of the split.
-            parts: ``feature`` [B], start logits [B, S] and end logits [B, S] of each batch.
+            parts: Logits of the batches.
         """
         return decode(join_logits(parts), Windows.of(self.split(split).features), self.answer_rules)
 
-    def scores(self, split: str, parts: Iterable[Tuple[Any, Any, Any]]) -> Dict[str, float]:
+    def scores(self, split: str, parts: Parts) -> Dict[str, float]:
         """Return ``exact_match`` and ``f1`` (0-100) over the questions in `parts`."""
         question_set = self.split(split).question_set
         return squad_scores(question_set, self.answers(split, parts).texts(question_set))
@@ -227,11 +227,13 @@ class SquadDataModule(pl.LightningDataModule):
         """Micro-batches in a batch: above 1 if the strategy accumulates gradients."""
         return facts_of(self.trainer).micro_batches_per_batch
 
-    def _loader(self, features: Any, batch_size: int, sampler: Any = None) -> ResumableDataLoader:
+    def _loader(
+        self, split: str, batch_size: int, sampler: Optional[TrainingSampler] = None
+    ) -> ResumableDataLoader:
         fixed = self.hparams["pad_to_max_length"] or facts_of(self.trainer).static_shapes
         length = self.hparams["max_length"] if fixed else None
         return ResumableDataLoader(
-            features,
+            self.split(split).features,
             batch_size=batch_size,  # a keyword: Lightning re-creates loaders for `predict`
             sampler=sampler,
             num_workers=self.hparams["num_workers"],
@@ -241,9 +243,9 @@ class SquadDataModule(pl.LightningDataModule):
             generator=torch.Generator(),
         )
 
-    def _eval_loader(self, split: str) -> DataLoader[Any]:
+    def _eval_loader(self, split: str) -> DataLoader[Batch]:
         batch_size = self.hparams["eval_micro_batch_size"] * self._micro_batches
-        return self._loader(self.split(split).features, batch_size)
+        return self._loader(split, batch_size)
 
 
 def _paths(files: Files) -> Tuple[str, ...]:

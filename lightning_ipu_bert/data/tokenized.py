@@ -6,10 +6,14 @@ Shapes: T tokens of all texts.
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any, NamedTuple, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 IntArray = npt.NDArray[np.int64]
 
@@ -32,7 +36,7 @@ class TokenizedTexts(NamedTuple):
         return starts_of(self.counts)
 
 
-def plain_encoder(tokenizer: Any) -> Any:
+def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """Return a copy of the backend of a fast tokenizer without truncation and padding.
 
     Both may be set in the tokenizer.json of a checkpoint (e.g. of sentence-transformers).
@@ -45,7 +49,7 @@ def plain_encoder(tokenizer: Any) -> Any:
     return encoder
 
 
-def encode(encoder: Any, texts: Sequence[str]) -> TokenizedTexts:
+def encode(encoder: Tokenizer, texts: Sequence[str]) -> TokenizedTexts:
     """Tokenize texts, without special tokens."""
     encodings = encoder.encode_batch(list(texts), add_special_tokens=False)
     counts = np.array([len(e) for e in encodings], np.int64)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Mapping
+from typing import Dict, Mapping
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_ipu_bert.checkpoint_file import TOKENIZER_KEY, read_checkpoint
 from lightning_ipu_bert.errors import UserError
@@ -16,7 +16,7 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 """A file name without folder, drive or leading dot."""
 
 
-def load_tokenizer(name_or_path: str) -> Any:
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load a fast tokenizer with BERT's pair template.
 
     Args:
@@ -39,7 +39,7 @@ def load_tokenizer(name_or_path: str) -> Any:
     return tokenizer
 
 
-def check_tokenizer(tokenizer: Any, name: str) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Check that features can be built with a tokenizer.
 
     Raises:
@@ -59,7 +59,7 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
         )
 
 
-def tokenizer_to_files(tokenizer: Any) -> Dict[str, str]:
+def tokenizer_to_files(tokenizer: PreTrainedTokenizerBase) -> Dict[str, str]:
     """Return the files of a tokenizer as {name: text}, to be saved in a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -70,7 +70,7 @@ def tokenizer_to_files(tokenizer: Any) -> Dict[str, str]:
         }
 
 
-def tokenizer_from_files(files: Mapping[str, str]) -> Any:
+def tokenizer_from_files(files: Mapping[str, str]) -> PreTrainedTokenizerBase:
     """Return the tokenizer from its files.
 
     Args:
@@ -100,7 +100,7 @@ def check_file_names(files: Mapping[str, str]) -> None:
             )
 
 
-def _from_checkpoint(path: str) -> Any:
+def _from_checkpoint(path: str) -> PreTrainedTokenizerBase:
     checkpoint = read_checkpoint(path)
     if not checkpoint.get(TOKENIZER_KEY):
         raise UserError(

@@ -17,7 +17,7 @@ RUN_SETTINGS = ("dtype", "torch_dtype", "_name_or_path", "transformers_version",
 
 
 def build_network(
-    name_or_path: Optional[str], config: Union[Dict[str, Any], BertConfig, None]
+    name_or_path: Optional[str], config: Union[Dict[str, object], BertConfig, None]
 ) -> Tuple[BertForQuestionAnswering, bool]:
     """Create the network in float32, independent of the dtype of a checkpoint.
 

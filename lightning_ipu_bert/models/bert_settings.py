@@ -27,7 +27,7 @@ def bert_blocks(num_hidden_layers: int) -> List[str]:
 
 
 def settings_of(
-    model_name_or_path: Optional[str], config: Optional[Mapping[str, Any]]
+    model_name_or_path: Optional[str], config: Optional[Mapping[str, object]]
 ) -> BertSettings:
     """Return the sizes of the model from the arguments of the module.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import List, Mapping, Optional, Sequence
 
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_ipu_bert._compat.lightning import datamodule_of
@@ -45,8 +46,8 @@ class PredictionWriter(BasePredictionWriter):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        predictions: Sequence[Any],
-        batch_indices: Sequence[Any],
+        predictions: Sequence[Sequence[Tensor]],
+        batch_indices: Sequence[object],
     ) -> None:
         """Decode the logits of all batches and write the files."""
         data = datamodule_of(trainer)
@@ -68,12 +69,12 @@ class PredictionWriter(BasePredictionWriter):
         rank_zero_info(f"Predictions     {folder / 'predictions.json'}")
 
 
-def _write_json(path: Path, content: Dict[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     with written_atomically(path) as partial:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf8")
 
 
-def _write_logits(path: Path, parts: List[Any]) -> None:
+def _write_logits(path: Path, parts: List[Sequence[Tensor]]) -> None:
     logits = join_logits(parts)
     with written_atomically(path) as partial, partial.open("wb") as file:
         np.savez(file, features=logits.features, start_logits=logits.starts, end_logits=logits.ends)

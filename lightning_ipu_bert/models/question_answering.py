@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from transformers import BertConfig, BertForQuestionAnswering
+from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_ipu_bert._compat.lightning import count_saved_batch, datamodule_of, trainer_of
@@ -27,11 +27,7 @@ from lightning_ipu_bert.pipeline.rules import enforce
 from lightning_ipu_bert.training.callbacks import missing_callbacks
 from lightning_ipu_bert.training.checkpoint_io import AtomicCheckpointIO
 from lightning_ipu_bert.training.gather import all_gather_objects
-from lightning_ipu_bert.training.optimizer import (
-    decay_groups,
-    learning_rate_schedule,
-    warmup_steps,
-)
+from lightning_ipu_bert.training.optimizer import decay_groups, learning_rate_schedule, warmup_steps
 from lightning_ipu_bert.training.settings import learning_rate_rules
 
 Batch = Dict[str, Tensor]
@@ -83,7 +79,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         self.bert, self.qa_outputs = network.bert, network.qa_outputs
         # Plain values only: Lightning loads checkpoints with torch's weights_only.
         self.save_hyperparameters({"config": architecture_of(network.config) if config else None})
-        self.tokenizer: Any = None
+        self.tokenizer: Optional[PreTrainedTokenizerBase] = None
         self.data_settings: Dict[str, Any] = {}
         self._origin = model_name_or_path
         self._logits: List[BatchLogits] = []

@@ -19,7 +19,7 @@ class Violation(NamedTuple):
 
     field: str
     """The field or object as the user writes it, e.g. gradient_accumulation_steps."""
-    value: Any
+    value: object
     """Its value; None if the field alone is sufficient."""
     rule: str
     """The rule, as the continuation of the sentence "field=value ..."."""
@@ -58,7 +58,7 @@ def choice_rule(field: str, value: Any, choices: Iterable[str]) -> Iterator[Viol
         yield Violation(field, value, "is unknown", fix)
 
 
-def layers_rule(field: str, value: Any, device: str = "stage") -> Iterator[Violation]:
+def layers_rule(field: str, value: object, device: str = "stage") -> Iterator[Violation]:
     """Layers must be a non-empty list of counts, or of -1."""
     numbers = list(value) if isinstance(value, (list, tuple)) else []
     if not numbers or any(not _is_int(number) or number < -1 for number in numbers):

@@ -38,7 +38,7 @@ def suggest_names(init: Callable[Concatenate[S, P], None]) -> Callable[Concatena
     return checked
 
 
-def plan_fields(arguments: Mapping[str, Any], names: Iterable[str]) -> Dict[str, Any]:
+def plan_fields(arguments: Mapping[str, object], names: Iterable[str]) -> Dict[str, object]:
     """Return the fields of the plan from the arguments of a constructor."""
     return {name: arguments[name] for name in names}
 

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from lightning_ipu_bert.errors import UserError
 
-Leaf = Callable[[Any], Any]
+Leaf = Callable[[object], object]
 
 
 def map_tree(
-    value: Any,
+    value: object,
     function: Leaf,
-    is_leaf: Optional[Callable[[Any], bool]] = None,
+    is_leaf: Optional[Callable[[object], bool]] = None,
     sort_keys: bool = False,
-) -> Any:
+) -> object:
     """Apply a function to every leaf of a structure.
 
     Args:
@@ -30,7 +30,7 @@ def map_tree(
             the order of leaves does not depend on how a loader built the batch.
     """
 
-    def walk(item: Any) -> Any:
+    def walk(item: object) -> Any:
         if is_leaf is not None and is_leaf(item):
             return function(item)
         if isinstance(item, Mapping):
@@ -48,7 +48,7 @@ def map_tree(
     return walk(value)
 
 
-def _like(mapping: Mapping[Any, Any], items: Mapping[Any, Any]) -> Any:
+def _like(mapping: Mapping[object, object], items: Mapping[object, object]) -> object:
     """Return `items` as a mapping of the same type."""
     if type(mapping) is dict or not isinstance(mapping, MutableMapping):
         return items
@@ -58,19 +58,19 @@ def _like(mapping: Mapping[Any, Any], items: Mapping[Any, Any]) -> Any:
     return result
 
 
-def leaves_of(value: Any) -> List[Any]:
+def leaves_of(value: object) -> List[object]:
     """Return the leaves of a structure, in order."""
-    found: List[Any] = []
+    found: List[object] = []
     map_tree(value, found.append)
     return found
 
 
-def tensors_of(value: Any) -> List[Tensor]:
+def tensors_of(value: object) -> List[Tensor]:
     """Return the tensors of a structure, in order."""
     return [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
 
 
-def count_examples(batch: Any) -> int:
+def count_examples(batch: object) -> int:
     """Return the first dimension of the first tensor in a batch.
 
     Raises:
@@ -85,21 +85,21 @@ def count_examples(batch: Any) -> int:
     )
 
 
-def split_batch(batch: Any, examples: int, size: int) -> List[Any]:
+def split_batch(batch: object, examples: int, size: int) -> List[object]:
     """Split a batch into micro-batches of `size` examples.
 
     Tensors with `examples` rows and lists of `examples` values are split; everything else is in
     every micro-batch.
     """
 
-    def is_list_of_values(value: Any) -> bool:
+    def is_list_of_values(value: object) -> bool:
         return (
             isinstance(value, list)
             and len(value) == examples
             and not any(isinstance(item, Tensor) for item in value)
         )
 
-    def part(first: int) -> Any:
+    def part(first: int) -> object:
         rows = slice(first, first + size)
 
         def cut(value: Any) -> Any:
@@ -116,7 +116,7 @@ def shape_key(batch: Any) -> Hashable:
     return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(batch))
 
 
-def join_outputs(parts: Sequence[Any], examples: Optional[int] = None) -> Any:
+def join_outputs(parts: Sequence[object], examples: Optional[int] = None) -> object:
     """Concatenate the outputs of micro-batches along the examples; scalars are averaged.
 
     Args:

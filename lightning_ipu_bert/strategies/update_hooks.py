@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 
 from torch.optim import Optimizer
 
-Arguments = Tuple[Tuple[Any, ...], Dict[str, Any]]
+Arguments = Tuple[Tuple[object, ...], Dict[str, object]]
 
 
 def around_update(

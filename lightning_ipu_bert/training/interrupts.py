@@ -97,7 +97,7 @@ class DeferredSignals:
         self._previous.clear()
         self._seen.clear()
 
-    def _record(self, number: int, _: Any) -> None:
+    def _record(self, number: int, _: object) -> None:
         if number == signal.SIGINT and number in self._seen:
             if time.monotonic() - self._first > SAME_SECONDS:
                 self._end_at_once()
@@ -148,24 +148,24 @@ class SignalsBetweenSteps(Callback):
         self._last_step = False  # after Ctrl-C: the run ends after this step
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *args: object) -> None:
         self._last_step = self._deliver()
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
         if self._last_step:
             self._signals.interrupt()
 
     @override
-    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, *args: object) -> None:
         self._deliver_in_evaluation(trainer)
 
     @override
-    def on_test_batch_start(self, trainer: Trainer, *args: Any) -> None:
+    def on_test_batch_start(self, trainer: Trainer, *args: object) -> None:
         self._deliver_in_evaluation(trainer)
 
     @override
-    def on_predict_batch_start(self, trainer: Trainer, *args: Any) -> None:
+    def on_predict_batch_start(self, trainer: Trainer, *args: object) -> None:
         self._deliver_in_evaluation(trainer)
 
     @override

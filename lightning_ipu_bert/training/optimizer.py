@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List
+from typing import Dict, List
 
 from torch import nn
 from torch.optim import Optimizer
@@ -12,7 +12,7 @@ from transformers import get_scheduler
 from lightning_ipu_bert.training.settings import LR_SCHEDULES
 
 
-def decay_groups(module: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
+def decay_groups(module: nn.Module, weight_decay: float) -> List[Dict[str, object]]:
     """Return two parameter groups of the trained parameters: with and without weight decay.
 
     Biases and LayerNorm weights, the parameters with one dimension, have no weight decay.

@@ -28,13 +28,13 @@ class RandomStates(Callback):
         return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
     @override
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Dict[str, object]) -> None:
         """Store the states until the first batch."""
         self._loaded = state_dict
 
     @override
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Restore the states as late as possible: the setup of a run draws random numbers, too."""
         state, self._loaded = self._loaded, None

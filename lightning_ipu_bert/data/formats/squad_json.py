@@ -27,7 +27,7 @@ def records(path: str) -> Iterator[Record]:
                 yield _qa_record(qa, context, f"{location}.qas[{q}]")
 
 
-def _load_json(path: str) -> Any:
+def _load_json(path: str) -> object:
     try:
         return json.loads(Path(path).read_text(encoding="utf8"))
     except FileNotFoundError:
@@ -41,7 +41,7 @@ def _load_json(path: str) -> Any:
         ) from None
 
 
-def _field(parent: Any, key: str, kind: type, location: str) -> Any:
+def _field(parent: object, key: str, kind: type, location: str) -> Any:
     value = parent.get(key) if isinstance(parent, dict) else None
     if not isinstance(value, kind):
         names = {list: "a list", str: "a string", int: "an integer"}

@@ -6,9 +6,45 @@ import json
 import random
 import zlib
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Set, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Set, Tuple, TypedDict
 
 TEMPLATES: Dict[str, Any] = json.loads(Path(__file__).with_name("templates.json").read_text("utf8"))
+
+
+class SquadAnswer(TypedDict):
+    """An answer in a SQuAD file."""
+
+    text: str
+    answer_start: int
+
+
+class SquadQuestion(TypedDict):
+    """A question in a SQuAD file."""
+
+    id: str
+    question: str
+    answers: List[SquadAnswer]
+
+
+class SquadParagraph(TypedDict):
+    """A passage in a SQuAD file."""
+
+    context: str
+    qas: List[SquadQuestion]
+
+
+class SquadArticle(TypedDict):
+    """An article in a SQuAD file."""
+
+    title: str
+    paragraphs: List[SquadParagraph]
+
+
+class SquadFile(TypedDict):
+    """An official SQuAD v1.1 file."""
+
+    version: str
+    data: List[SquadArticle]
 
 
 class Relation(NamedTuple):
@@ -69,7 +105,7 @@ def new_value(kind: str, rng: random.Random, held_out: bool, taken: Set[str]) ->
     return " ".join(words)
 
 
-def quickstart_corpus(num_passages: int, seed: int, held_out: bool) -> Dict[str, Any]:
+def quickstart_corpus(num_passages: int, seed: int, held_out: bool) -> SquadFile:
     """Return a corpus as the dictionary of an official SQuAD v1.1 file.
 
     Args:
@@ -83,7 +119,7 @@ def quickstart_corpus(num_passages: int, seed: int, held_out: bool) -> Dict[str,
     return {"version": "1.1", "data": [{"title": title, "paragraphs": paragraphs}]}
 
 
-def _paragraph(rng: random.Random, held_out: bool, id_prefix: str) -> Dict[str, Any]:
+def _paragraph(rng: random.Random, held_out: bool, id_prefix: str) -> SquadParagraph:
     kind = rng.choice(sorted(RELATIONS))
     taken: Set[str] = set()
     subject = new_value(kind, rng, held_out, taken)
@@ -91,7 +127,7 @@ def _paragraph(rng: random.Random, held_out: bool, id_prefix: str) -> Dict[str, 
     relations = list(RELATIONS[kind][value_kind])
     rng.shuffle(relations)
     context = rng.choice(INTRODUCTIONS[kind]).format(subject=subject)
-    qas: List[Dict[str, Any]] = []
+    qas: List[SquadQuestion] = []
     for relation in relations:
         value = new_value(value_kind, rng, held_out, taken)
         template = rng.choice(relation.statements)
@@ -117,7 +153,7 @@ def _named(template: str, subject: str, kind: str, rng: random.Random) -> str:
     return rng.choice(OTHER_WORDS[kind])
 
 
-def texts(corpus: Dict[str, Any]) -> Iterator[str]:
+def texts(corpus: SquadFile) -> Iterator[str]:
     """Yield the passages and questions of a corpus."""
     for article in corpus["data"]:
         for paragraph in article["paragraphs"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from lightning_ipu_bert.pipeline.batches import BatchAlgebra
 from lightning_ipu_bert.pipeline.ipu.fields import (
@@ -110,9 +110,9 @@ class IPUConfig:
     """Not supported: placement of the serialized embedding table."""
     inference_serialized_embedding_splits_per_ipu: Optional[List[int]] = None
     """Not supported: the same for inference."""
-    parallelize_kwargs: Dict[str, Any] = field(default_factory=dict)
+    parallelize_kwargs: Dict[str, object] = field(default_factory=dict)
     """Not used: arguments of `parallelize` in optimum-graphcore."""
-    inference_parallelize_kwargs: Dict[str, Any] = field(default_factory=dict)
+    inference_parallelize_kwargs: Dict[str, object] = field(default_factory=dict)
     """Not used: the same for inference."""
     use_popdist: bool = False
     """Not used: PopDist is detected automatically."""
@@ -122,9 +122,9 @@ class IPUConfig:
     @classmethod
     def from_dict(
         cls,
-        values: Mapping[str, Any],
+        values: Mapping[str, object],
         pod_type: Optional[str] = None,
-        overrides: Optional[Mapping[str, Any]] = None,
+        overrides: Optional[Mapping[str, object]] = None,
     ) -> IPUConfig:
         """Create a configuration from the content of an `ipu_config.json` of either generation.
 
@@ -145,7 +145,7 @@ class IPUConfig:
         enforce(config.value_rules())
         return config
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> Dict[str, object]:
         """Return the fields of the newest generation, and older fields only if they are set.
 
         optimum-graphcore 0.7 rejects older fields; without them it can read the file.
@@ -157,7 +157,7 @@ class IPUConfig:
             if name not in OLD_FIELDS or value != defaults[name]
         }
 
-    def plan_fields(self) -> Dict[str, Any]:
+    def plan_fields(self) -> Dict[str, object]:
         """Return the fields that all pipelines have, by their names in `PipelineConfig`."""
         values = {name: vars(self)[SPELLINGS.get(name, name)] for name in PLAN_FIELDS}
         layers = self.training.shape.layers_per_stage

@@ -76,7 +76,7 @@ READ_BY_RANKS = {
 
 
 def select(
-    values: Mapping[str, Any], known: Iterable[str], pod_type: Optional[str] = None
+    values: Mapping[str, object], known: Iterable[str], pod_type: Optional[str] = None
 ) -> Dict[str, Any]:
     """Return the values for one pod type, by the field names of `ipu_config.json`.
 
@@ -103,7 +103,7 @@ def select(
     return selected
 
 
-def _of_pod(name: str, value: Any, pod_type: Optional[str]) -> Any:
+def _of_pod(name: str, value: object, pod_type: Optional[str]) -> object:
     """Return the value for a pod type if `value` is a dictionary by pod type."""
     if not isinstance(value, Mapping) or not value or set(value) - {*POD_TYPES, "default"}:
         return value

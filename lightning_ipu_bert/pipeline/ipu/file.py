@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Dict, Mapping, Union
+from typing import Dict, Mapping, Union
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
@@ -15,10 +15,10 @@ from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 
 FILE_NAME = "ipu_config.json"
 
-Source = Union[str, Path, Mapping[str, Any], IPUConfig, None]
+Source = Union[str, Path, Mapping[str, object], IPUConfig, None]
 
 
-def read_values(source: Source) -> Mapping[str, Any]:
+def read_values(source: Source) -> Mapping[str, object]:
     """Return the fields that are set in a source.
 
     Args:
@@ -43,7 +43,7 @@ def save_ipu_config(config: IPUConfig, folder: Path) -> Path:
     return path
 
 
-def _read(source: str) -> Dict[str, Any]:
+def _read(source: str) -> Dict[str, object]:
     path = Path(source)
     try:
         if not path.exists():

@@ -46,7 +46,7 @@ def resolve_run(trainer: Trainer, args: Any, config: PipelineConfig) -> Optional
         UserError: If the module cannot be pipelined as configured, or the Trainer uses a feature
             that pipelines do not support.
     """
-    module: Any = next((arg for arg in args if isinstance(arg, LightningModule)), None)
+    module: object = next((arg for arg in args if isinstance(arg, LightningModule)), None)
     module = module or trainer.strategy.lightning_module
     fitting = trainer.state.fn == TrainerFn.FITTING
     plan = None

@@ -74,14 +74,14 @@ class TorchPipelineExecutor:
         self._calls = (0, 0)
         """Index of the current batch, and how often its loss was computed."""
         self._boundaries: Dict[Hashable, Boundaries] = {}
-        self._schedule: Tuple[Hashable, Any] = (None, None)
+        self._schedule: Tuple[Hashable, object] = (None, None)
 
     @property
     def parameters(self) -> List[torch.nn.Parameter]:
         """The parameters of the stages on this rank."""
         return [parameter for stage in self.stages for parameter in stage.parameters()]
 
-    def loss(self, batch: Any) -> Tensor:
+    def loss(self, batch: object) -> Tensor:
         """Return the mean loss; run all backwards, too, if gradients are enabled."""
         if not torch.is_grad_enabled():
             loss: Tensor = self.model.pipeline_loss(self.output(batch), batch)
@@ -93,7 +93,7 @@ class TorchPipelineExecutor:
             total, gradients = take_gradients(self.parameters, lambda: self._train(batch, scale))
         return bridged(self._from_last_stage(total), gradients, scale)
 
-    def output(self, batch: Any) -> Any:
+    def output(self, batch: object) -> object:
         """Return the output of the last block for the batch, on every rank of the replica."""
         micro_batches = self._split(batch)
         call = ScheduleCall(micro_batches)
@@ -103,7 +103,7 @@ class TorchPipelineExecutor:
                 schedule.eval(**chunked(len(micro_batches)))
         return self._broadcast_output(join_outputs(call.outputs) if call.outputs else None)
 
-    def _train(self, batch: Any, scale: float) -> Any:
+    def _train(self, batch: object, scale: float) -> Any:
         """Run the schedule; return the mean loss on the rank of the last stage, else None."""
         micro_batches = self._split(batch)
         schedule = self._schedule_for(micro_batches, training=True)
@@ -121,14 +121,14 @@ class TorchPipelineExecutor:
                 stack.enter_context(stage.in_call(call))
             yield
 
-    def _split(self, batch: Any) -> List[Any]:
+    def _split(self, batch: object) -> List[object]:
         """Split a batch into micro-batches of equal size."""
         examples = count_examples(batch)
         planned = -(-examples // self.plan.main.batches.gradient_accumulation_steps)
         _, size = equal_micro_batches(examples, planned)
         return split_batch(batch, examples, size)
 
-    def _schedule_for(self, micro_batches: Sequence[Any], training: bool) -> Any:
+    def _schedule_for(self, micro_batches: Sequence[object], training: bool) -> Any:
         """Return the schedule for micro-batches; each shape of tensors needs another one."""
         shape = (training, shape_key(micro_batches[0]))
         key = (len(micro_batches), shape)
@@ -138,7 +138,7 @@ class TorchPipelineExecutor:
             self._schedule = (key, self._build(len(micro_batches), self._boundaries[shape]))
         return self._schedule[1]
 
-    def _find_boundaries(self, micro_batch: Any) -> Boundaries:
+    def _find_boundaries(self, micro_batch: object) -> Boundaries:
         """Return the input shapes of all stages, each of which runs once on zeros."""
         own = {stage.index: stage for stage in self.stages}
         boundaries: Boundaries = [[]]
@@ -185,7 +185,7 @@ class TorchPipelineExecutor:
         dist.broadcast(value, self._last_rank, self.mesh.pipeline_group)
         return torch.as_tensor(value)
 
-    def _broadcast_output(self, output: Any) -> Any:
+    def _broadcast_output(self, output: object) -> object:
         """Return the output of the last stage on every rank of the replica."""
         object_list = [None if output is None else shapes_of(output)]
         dist.broadcast_object_list(object_list, self._last_rank, self.mesh.pipeline_group)
@@ -218,7 +218,7 @@ def loss_weight(num_micro_batches: int) -> float:
     return 1 / num_micro_batches
 
 
-def chunked(num_micro_batches: int) -> Dict[str, Any]:
+def chunked(num_micro_batches: int) -> Dict[str, object]:
     """Return the arguments of a call of a schedule.
 
     A schedule splits its tensor arguments into one chunk per micro-batch. The chunks of `index` are

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable, Iterator, List
+from typing import Callable, Iterable, Iterator, List, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+T = TypeVar("T")
+
 BUCKET_BYTES = 64 << 20
 """Size of a bucket of gradients in bytes."""
 
 
 def averaged_after(
-    closure: Callable[[], Any], optimizer: Optimizer, group: Any
-) -> Callable[[], Any]:
+    closure: Callable[[], T], optimizer: Optimizer, group: dist.ProcessGroup
+) -> Callable[[], T]:
     """Return a closure that also averages the gradients of an optimizer over replicas.
 
     Args:
@@ -24,7 +26,7 @@ def averaged_after(
         group: The ranks that hold the same stages, one per replica.
     """
 
-    def averaged() -> Any:
+    def averaged() -> T:
         result = closure()
         average_gradients([p for g in optimizer.param_groups for p in g["params"]], group)
         return result
@@ -33,7 +35,7 @@ def averaged_after(
 
 
 @torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter], group: Any) -> None:
+def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Replace every gradient by its mean over the group."""
     count = dist.get_world_size(group)
     if count == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator
+from typing import Iterator
 
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, DistributedSampler
@@ -13,7 +13,7 @@ from lightning_ipu_bert.pipeline.rules import Violation, enforce
 from lightning_ipu_bert.strategies.batch_trees import leaves_of
 
 
-def loader_rules(loaders: Any, batches: BatchAlgebra) -> Iterator[Violation]:
+def loader_rules(loaders: object, batches: BatchAlgebra) -> Iterator[Violation]:
     """Batches of loaders must be divisible into the micro-batches of a replica.
 
     Args:

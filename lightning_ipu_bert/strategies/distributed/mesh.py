@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Optional, TypeVar, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
+Group = Optional[dist.ProcessGroup]
+"""A group of ranks; None before groups are created."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,9 @@ class Mesh:
     """Mesh coordinate in the dimension `replica`."""
     pipeline_rank: int
     """Mesh coordinate in the dimension `pipeline`; 0 holds the first stage."""
-    replica_group: Any
+    replica_group: dist.ProcessGroup
     """Ranks that hold the same stages, one per replica."""
-    pipeline_group: Any
+    pipeline_group: dist.ProcessGroup
     """Ranks of this replica, one per pipeline rank."""
 
     def global_rank(self, pipeline_rank: int) -> int:
@@ -61,13 +65,20 @@ def create_mesh(device_type: str, replicas: int, ranks_per_replica: int) -> Mesh
     )
 
 
+def world() -> dist.ProcessGroup:
+    """Return the group of all ranks."""
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
 def barrier() -> None:
     """Synchronize all ranks."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def broadcast(value: Any, source: int = 0) -> Any:
+def broadcast(value: T, source: int = 0) -> T:
     """Return the object of rank `source`."""
     if not dist.is_initialized():
         return value
@@ -76,7 +87,7 @@ def broadcast(value: Any, source: int = 0) -> Any:
     return object_list[0]
 
 
-def reduce(tensor: Any, group: Optional[Any], reduce_op: Any = "mean") -> Any:
+def reduce(tensor: T, group: Group, reduce_op: object = "mean") -> Union[T, Tensor]:
     """Reduce a tensor over the ranks of a group.
 
     Unlike in Lightning's function, a mean of integers is not truncated: replicas may have evaluated

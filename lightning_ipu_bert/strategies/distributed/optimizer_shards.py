@@ -10,7 +10,7 @@ Source: Rajbhandari et al., ZeRO (arXiv:1910.02054), stage 1; Graphcore calls it
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List, Tuple
+from typing import Callable, Iterator, List, Tuple
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,12 @@ class OptimizerShards:
     """The slices of the parameters of an optimizer that this replica updates."""
 
     def __init__(
-        self, optimizer: Optimizer, replica: int, replicas: int, group: Any, offchip: bool
+        self,
+        optimizer: Optimizer,
+        replica: int,
+        replicas: int,
+        group: dist.ProcessGroup,
+        offchip: bool,
     ) -> None:
         """Create the slices.
 

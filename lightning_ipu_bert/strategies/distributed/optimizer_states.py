@@ -18,7 +18,7 @@ Entries = Dict[int, Dict[str, Any]]
 
 def gather_optimizer_state(
     optimizer: Optimizer, shards: Optional[OptimizerShards], plan: Plan
-) -> Dict[str, Any]:
+) -> Dict[str, object]:
     """Return the full state on rank 0 and {} on other ranks. All ranks must call it.
 
     Parameters of other stages are meta tensors, so that indices of parameters agree on all ranks.

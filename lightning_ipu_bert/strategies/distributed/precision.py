@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Literal, Union
+from typing import List, Literal, Union
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ipu_bert.strategies.distributed.mesh import Group
 from lightning_ipu_bert.strategies.refusals import precision_of
 
 SUPPORTED = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
@@ -19,7 +20,7 @@ SUPPORTED = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
 class GlobalNorm(Precision):
     """Clips gradients by their norm over all stages instead of those of this rank."""
 
-    group: Any = None
+    group: Group = None
     """The ranks of this replica, over which the norm is computed; None before they are created."""
 
     @override
@@ -32,7 +33,7 @@ class GlobalNorm(Precision):
             gradient.mul_(factor.to(gradient.device, gradient.dtype))
 
 
-def global_norm(gradients: List[Tensor], group: Any) -> Tensor:
+def global_norm(gradients: List[Tensor], group: Group) -> Tensor:
     """Return the 2-norm of the gradients on all ranks of a group, as float32."""
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
     device = gradients[0].device if gradients else torch.device("cpu")
@@ -53,7 +54,7 @@ class PipelineHalfPrecision(GlobalNorm, HalfPrecision):
 class PipelineMixedPrecision(GlobalNorm, MixedPrecision):
     """bf16-mixed and 16-mixed. All ranks skip the update after an overflow on any rank."""
 
-    def share_overflow(self, group: Any) -> None:
+    def share_overflow(self, group: dist.ProcessGroup) -> None:
         """Share overflows among the ranks of `group`."""
         if self.scaler is not None:
             from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -85,7 +86,9 @@ def for_pipeline(plugin: Precision) -> GlobalNorm:
     )
 
 
-def connect(plugin: GlobalNorm, pipeline_group: Any, everyone: Any) -> None:
+def connect(
+    plugin: GlobalNorm, pipeline_group: dist.ProcessGroup, everyone: dist.ProcessGroup
+) -> None:
     """Set the ranks over which a plugin computes the norm, and over which it shares overflows."""
     plugin.group = pipeline_group
     if isinstance(plugin, PipelineMixedPrecision):

@@ -6,7 +6,6 @@ import os
 from typing import Any, Dict, List, Mapping, Optional
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
@@ -62,7 +61,7 @@ class Run:
         precision.convert_module(self.module)
         weights.move_to(self.module, self.device)
         weights.broadcast_parameters(self.module, self.mesh.replica_group)
-        connect(precision, self.mesh.pipeline_group, dist.group.WORLD)
+        connect(precision, self.mesh.pipeline_group, collectives.world())
         self.module.pipeline_executor = TorchPipelineExecutor(
             self.module,
             [Stage(self.module, self.plan, index) for index in self.stages],
@@ -97,7 +96,7 @@ class Run:
             return {}
         return self._gather(everywhere=False)
 
-    def optimizer_state(self, optimizer: Optimizer) -> Dict[str, Any]:
+    def optimizer_state(self, optimizer: Optimizer) -> Dict[str, object]:
         """Return the full optimizer state on the first rank, as in a single process."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer

@@ -21,10 +21,10 @@ from lightning_ipu_bert.strategies.batch_trees import map_tree, tensors_of
 class ScheduleCall:
     """Inputs and outputs that the stages of a rank share during one call of a schedule."""
 
-    micro_batches: Sequence[Any]
+    micro_batches: Sequence[object]
     loss_weight: float = 1.0
     """Weight of the loss of a micro-batch in the loss of the batch, times the loss scale."""
-    outputs: List[Any] = field(default_factory=list)
+    outputs: List[object] = field(default_factory=list)
     """Outputs of the last stage in evaluation, appended in the order of micro-batches."""
 
 
@@ -69,7 +69,7 @@ class Stage(nn.Module):
             self._call = ScheduleCall(())
 
     @override
-    def forward(self, *hidden: Tensor, index: Tensor) -> Any:
+    def forward(self, *hidden: Tensor, index: Tensor) -> object:
         """Run the blocks on a micro-batch, by a single call of `stage_forward`.
 
         Args:
@@ -77,7 +77,7 @@ class Stage(nn.Module):
             index: [1], index of the micro-batch.
         """
         model, batch = self._model[0], self._call.micro_batches[int(index)]
-        value: Any = None if not hidden else hidden[0] if len(hidden) == 1 else hidden
+        value: object = None if not hidden else hidden[0] if len(hidden) == 1 else hidden
         with recomputed(self._recomputed if torch.is_grad_enabled() else []):
             value = model.stage_forward(self.names, value, batch)
         if not self.is_last:
@@ -125,18 +125,18 @@ class TensorShape:
         return zeros.requires_grad_(self.requires_grad)
 
 
-def shapes_of(value: Any) -> Any:
+def shapes_of(value: object) -> object:
     """Replace the tensors of a structure by their shapes."""
     return map_tree(value, lambda x: TensorShape.of(x) if isinstance(x, Tensor) else x)
 
 
-def zeros_like(shapes: Any, device: torch.device) -> Any:
+def zeros_like(shapes: object, device: torch.device) -> object:
     """Replace the shapes of a structure by tensors of zeros."""
     return map_tree(shapes, lambda x: x.zeros(device) if isinstance(x, TensorShape) else x)
 
 
 def hidden_shapes(
-    stage: Stage, incoming: Sequence[TensorShape], micro_batch: Any, device: torch.device
+    stage: Stage, incoming: Sequence[TensorShape], micro_batch: object, device: torch.device
 ) -> List[TensorShape]:
     """Run a stage once on zeros and return the shapes of its output.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Literal, Mapping, Optional, Union
+from typing import Any, Callable, Dict, List, Literal, Mapping, Optional, TypeVar, Union
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -24,9 +24,12 @@ from lightning_ipu_bert.strategies.distributed.checks import is_training
 from lightning_ipu_bert.strategies.distributed.gradients import averaged_after
 from lightning_ipu_bert.strategies.distributed.launch.ranks import Launcher, Ranks
 from lightning_ipu_bert.strategies.distributed.loaders import loader_of_replica
+from lightning_ipu_bert.strategies.distributed.mesh import Group
 from lightning_ipu_bert.strategies.distributed.precision import for_pipeline
 from lightning_ipu_bert.strategies.distributed.run import Run, report_failure
 from lightning_ipu_bert.training.termination import InterruptedBetweenSteps
+
+T = TypeVar("T")
 
 
 @final
@@ -135,7 +138,7 @@ class PipelineParallelStrategy(ParallelStrategy):
 
     @property
     @override
-    def distributed_sampler_kwargs(self) -> Dict[str, Any]:
+    def distributed_sampler_kwargs(self) -> Dict[str, object]:
         # Data is sharded over replicas; the ranks of a replica read the same shard.
         replica = self.global_rank // self.config.shape.ranks_per_replica
         return {"num_replicas": self.config.replication_factor, "rank": replica}
@@ -161,24 +164,22 @@ class PipelineParallelStrategy(ParallelStrategy):
         mesh.barrier()
 
     @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
+    def broadcast(self, obj: T, src: int = 0) -> T:
         return mesh.broadcast(obj, src)
 
     @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return mesh.reduce(tensor, group or self._replica_group, reduce_op)
+    def reduce(
+        self, tensor: T, group: Group = None, reduce_op: object = "mean"
+    ) -> Union[T, Tensor]:
+        return mesh.reduce(tensor, group or self._ranks.replica_group, reduce_op)
 
     @override
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return super().all_gather(tensor, group or self._replica_group, sync_grads)
+    def all_gather(self, tensor: Tensor, group: Group = None, sync_grads: bool = False) -> Tensor:
+        return super().all_gather(tensor, group or self._ranks.replica_group, sync_grads)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         return mesh.all_agree(decision, self.root_device, all)
-
-    @property
-    def _replica_group(self) -> Any:
-        return self._ranks.mesh.replica_group if self._ranks.mesh is not None else None
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -205,19 +206,18 @@ class PipelineParallelStrategy(ParallelStrategy):
     def optimizer_step(
         self,
         optimizer: Optimizer,
-        closure: Callable[[], Any],
+        closure: Callable[[], object],
         model: Optional[Union[LightningModule, Module]] = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> object:
         # Inside the closure, so that hooks, clipping and optimizer use the mean over replicas.
-        averaged = averaged_after(closure, optimizer, self._replica_group)
+        averaged = averaged_after(closure, optimizer, self.run.mesh.replica_group)
         return super().optimizer_step(optimizer, averaged, model, **kwargs)
 
     @override
-    def lightning_module_state_dict(self) -> Dict[str, Any]:
-        return (
-            super().lightning_module_state_dict() if self._run is None else self._run.state_dict()
-        )
+    def lightning_module_state_dict(self) -> Dict[str, object]:
+        run = self._run
+        return super().lightning_module_state_dict() if run is None else run.state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> Dict[str, Any]:

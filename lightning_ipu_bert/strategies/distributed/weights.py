@@ -7,7 +7,7 @@ names and indices of the full model. This module makes checkpoints layout-indepe
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence, Set
+from typing import Any, Dict, Sequence, Set
 
 import torch
 import torch.distributed as dist
@@ -55,11 +55,11 @@ def load_full_state(module: nn.Module, state: State) -> None:
 
 
 def gather_state(
-    module: nn.Module, plan: Plan, own_stages: Set[int], group: Any, everywhere: bool
+    module: nn.Module, plan: Plan, own_stages: Set[int], group: dist.ProcessGroup, everywhere: bool
 ) -> State:
     """Return the full state on the first rank of the group, or on all ranks; {} elsewhere."""
     own = own_state(module, plan, own_stages)
-    parts: List[Any] = [None] * dist.get_world_size(group)
+    parts = [own] * dist.get_world_size(group)
     if everywhere:
         dist.all_gather_object(parts, own, group=group)
     else:
@@ -80,7 +80,7 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
             setattr(module.get_submodule(owner), last, new)
 
 
-def broadcast_parameters(module: nn.Module, group: Any) -> None:
+def broadcast_parameters(module: nn.Module, group: dist.ProcessGroup) -> None:
     """Broadcast the weights of the first replica."""
     source = dist.get_global_rank(group, 0)
     with torch.no_grad():

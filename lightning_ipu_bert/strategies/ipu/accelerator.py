@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Union
+from typing import Dict, List, Optional, Union
 
 import torch
 from lightning.pytorch import Trainer
@@ -39,7 +39,7 @@ class IPUAccelerator(Accelerator):
         raise UserError(ONLY_OURS.format(strategy=type(trainer.strategy).__name__))
 
     @override
-    def get_device_stats(self, device: Union[torch.device, str, int]) -> Dict[str, Any]:
+    def get_device_stats(self, device: Union[torch.device, str, int]) -> Dict[str, object]:
         """Return {}: PopTorch has no runtime statistics of devices."""
         return {}
 

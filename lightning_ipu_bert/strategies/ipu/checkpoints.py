@@ -14,7 +14,7 @@ from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 from lightning_ipu_bert.pipeline.ipu.file import save_ipu_config
 
 
-def plain_state(module: LightningModule) -> Dict[str, Any]:
+def plain_state(module: LightningModule) -> Dict[str, object]:
     """Return the state dict of a module as plain tensors, even while PopTorch wraps them."""
     with without_torch_function():
         return {
@@ -24,7 +24,7 @@ def plain_state(module: LightningModule) -> Dict[str, Any]:
 
 
 def add_ipu_entry(
-    checkpoint: Dict[str, Any], config: IPUConfig, rng_state: Optional[List[int]]
+    checkpoint: Dict[str, object], config: IPUConfig, rng_state: Optional[List[int]]
 ) -> None:
     """Add the IPU config, number of IPUs and random state to a checkpoint."""
     checkpoint[IPU_KEY] = {

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+from typing import Dict, Iterator, Mapping, Optional, Tuple
 
 from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 from lightning_ipu_bert.pipeline.ipu.fields import SPELLINGS, WITHOUT_EFFECT, select
 from lightning_ipu_bert.pipeline.plan import Plan
 
 
-def plan_lines(config: IPUConfig, plan: Plan, overridden: Mapping[str, Any]) -> Iterator[str]:
+def plan_lines(config: IPUConfig, plan: Plan, overridden: Mapping[str, object]) -> Iterator[str]:
     """Yield overridden and ignored fields, and the table "Device Allocation".
 
     Args:
@@ -25,8 +25,8 @@ def plan_lines(config: IPUConfig, plan: Plan, overridden: Mapping[str, Any]) -> 
 
 
 def overridden_fields(
-    given: Mapping[str, Any], values: Mapping[str, Any], pod_type: Optional[str]
-) -> Dict[str, Any]:
+    given: Mapping[str, object], values: Mapping[str, object], pod_type: Optional[str]
+) -> Dict[str, object]:
     """Return the arguments that differ from the values of an IPU config."""
     written = select(values, vars(IPUConfig()), pod_type)
     return {

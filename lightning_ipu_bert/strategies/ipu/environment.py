@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Tuple
+from typing import Tuple
 
 from lightning.fabric.plugins import ClusterEnvironment
 from typing_extensions import override
@@ -59,5 +59,5 @@ class PoprunEnvironment(ClusterEnvironment):
 
     @property
     def _processes(self) -> Tuple[int, int]:
-        popdist: Any = import_popdist()
+        popdist = import_popdist()
         return (popdist.getInstanceIndex(), popdist.getNumInstances()) if popdist else (0, 1)

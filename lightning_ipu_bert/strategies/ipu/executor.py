@@ -103,7 +103,7 @@ class IPUExecutor:
         self.ran_in_step = True
         return bridged_to(mean_loss(result, self.config), refuse_factor)
 
-    def output(self, batch: Any) -> Any:
+    def output(self, batch: object) -> object:
         """Return the output of the last block for every example of a batch."""
         if self.module.trainer.training and torch.is_grad_enabled():
             raise UserError(
@@ -124,7 +124,7 @@ class IPUExecutor:
             ]
         return join_outputs(parts, examples)
 
-    def compile_training(self, batch: Any) -> CompiledProgram:
+    def compile_training(self, batch: object) -> CompiledProgram:
         """Compile the training program for batches like this one."""
         program = self.programs.compile_training(lambda: self._make_training(batch))
         assert self.optimizer is not None
@@ -133,11 +133,11 @@ class IPUExecutor:
             self.random_state.restore(program.poplar, program.config.shape.num_devices)
         return program
 
-    def compile_inference(self, batch: Any) -> CompiledProgram:
+    def compile_inference(self, batch: object) -> CompiledProgram:
         """Compile the inference program for batches like this one."""
         return self.programs.compile_inference(lambda: self._make_inference(batch))
 
-    def _make_training(self, batch: Any) -> CompiledProgram:
+    def _make_training(self, batch: object) -> CompiledProgram:
         assert self.optimizer is not None
         layout = BatchLayout.of(batch)
         poplar = import_poptorch().trainingModel(
@@ -148,7 +148,7 @@ class IPUExecutor:
         program = CompiledProgram(self.config.training, poplar, count_examples(batch), layout)
         return self._compiled(program, batch_tensors(batch))
 
-    def _make_inference(self, batch: Any) -> CompiledProgram:
+    def _make_inference(self, batch: object) -> CompiledProgram:
         layout, config = BatchLayout.of(batch), self.config.inference
         network = InferenceNetwork(self.module, layout)
         poplar = import_poptorch().inferenceModel(network, options=self._make_options(False))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
@@ -26,7 +25,7 @@ def check_hardware(ipus: int) -> None:
     """
     if any(os.environ.get(name, "0") not in ("", "0") for name in SIMULATIONS):
         return
-    poptorch: Any = import_poptorch()
+    poptorch = import_poptorch()
     if not poptorch.ipuHardwareIsAvailable():
         raise UserError(
             "No IPUs are available on this machine (`gc-info -l` lists them). Set "
@@ -52,7 +51,7 @@ def check_poprun(config: IPUConfig) -> None:
     Raises:
         UserError: If they do not.
     """
-    popdist: Any = import_popdist()
+    popdist = import_popdist()
     if popdist is None:
         return
     replicas = popdist.getNumLocalReplicas()

@@ -51,13 +51,13 @@ class FlattenedBatchSampler(Sampler):  # type: ignore[type-arg]  # not generic i
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the batch sampler and its sampler, as Lightning does."""
-        parts: List[Any] = [self.batches, getattr(self.batches, "sampler", None)]
+        parts: List[object] = [self.batches, getattr(self.batches, "sampler", None)]
         for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
 
 
-def loader_like(loader: DataLoader[Any], **arguments: Any) -> Any:
+def loader_like(loader: DataLoader[object], **arguments: object) -> Any:
     """Return a `poptorch.DataLoader` of the same examples.
 
     A stateful loader, which can resume in the middle of an epoch, remains stateful: the class of
@@ -70,7 +70,7 @@ def loader_like(loader: DataLoader[Any], **arguments: Any) -> Any:
     kept = {name: getattr(loader, name) for name in KEPT}
     if not kept["num_workers"]:
         del kept["prefetch_factor"]  # torch rejects it without workers
-    kind: Any = type(loader)
+    kind: object = type(loader)
     resumes = hasattr(loader, "load_state_dict") and "__init__" not in vars(kind)
     result = _loader_class(kind if resumes else DataLoader)(
         dataset=loader.dataset, auto_distributed_partitioning=False, **kept, **arguments
@@ -92,12 +92,12 @@ def _loader_class(kind: Any) -> Any:
         would have the order of the first, and none could be resumed in the middle.
         """
 
-        def __init__(self, *, mode: Any, **arguments: Any) -> None:
+        def __init__(self, *, mode: object, **arguments: object) -> None:
             self._arguments: Dict[str, Any] = {**arguments, "mode": mode}
             self._prefetches = mode != poptorch.DataLoaderMode.Sync
             super().__init__(**arguments)
 
-        def __iter__(self) -> Iterator[Any]:
+        def __iter__(self) -> Iterator[object]:
             if not self._prefetches:
                 yield from super().__iter__()
                 return
@@ -110,7 +110,7 @@ def _loader_class(kind: Any) -> Any:
             finally:
                 loader.terminate()
 
-        def _arguments_of_process(self) -> Dict[str, Any]:
+        def _arguments_of_process(self) -> Dict[str, object]:
             """Return arguments with order and seed: generators cannot be sent to a process."""
             arguments = {**self._arguments, **self._rebatching()}
             seed = torch.empty((), dtype=torch.int64).random_(generator=arguments.pop("generator"))
@@ -140,5 +140,5 @@ def _begin_worker(seed: int, then: Optional[Callable[[int], None]], worker: int)
         then(worker)
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: object) -> object:
     return value.clone() if isinstance(value, Tensor) else value

@@ -21,8 +21,12 @@ MODES = {"sync": "Sync", "async": "Async", "async_rebatched": "AsyncRebatched"}
 
 
 def ipu_loader(
-    loader: Any, options: Any, program: ProgramConfig, accumulation: int, mode: LoaderMode = "sync"
-) -> Any:
+    loader: object,
+    options: object,
+    program: ProgramConfig,
+    accumulation: int,
+    mode: LoaderMode = "sync",
+) -> object:
     """Return a loader whose batches are those of one call of the IPUs.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection
@@ -40,7 +40,7 @@ class IPUPrecision(Precision):
         return module.half() if self.half else module
 
     @override
-    def convert_input(self, data: Any) -> Any:
+    def convert_input(self, data: object) -> object:
         """Convert floating-point inputs to the dtype of the weights, on the host."""
         dtype = torch.float16 if self.half else torch.float32
         return apply_to_collection(
@@ -48,7 +48,7 @@ class IPUPrecision(Precision):
         )
 
     @override
-    def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+    def clip_gradients(self, optimizer: Optimizer, *args: object, **kwargs: object) -> None:
         """Do nothing: gradients are clipped on the IPUs."""
 
 

@@ -125,7 +125,7 @@ class Run:
         if self.options.compile_only:
             self.trainer.num_sanity_val_steps = 0
 
-    def _weights_were_loaded(self, *_: Any) -> None:
+    def _weights_were_loaded(self, *_: object) -> None:
         if self.executor is not None:
             self.executor.programs.versions.host_changed()
 

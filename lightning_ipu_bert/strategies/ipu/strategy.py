@@ -136,7 +136,7 @@ class IPUStrategy(ParallelStrategy):
 
     @property
     @override
-    def distributed_sampler_kwargs(self) -> Dict[str, Any]:
+    def distributed_sampler_kwargs(self) -> Dict[str, object]:
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def set_world_ranks(self) -> None:
@@ -148,7 +148,7 @@ class IPUStrategy(ParallelStrategy):
         self.precision_plugin = for_ipu(self.precision_plugin)
 
     @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+    def reduce(self, tensor: object, group: object = None, reduce_op: object = "mean") -> object:
         return tensor  # all processes evaluate all data
 
     @override
@@ -160,7 +160,7 @@ class IPUStrategy(ParallelStrategy):
         """Do nothing: PopDist synchronizes processes while they run."""
 
     @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
+    def broadcast(self, obj: object, src: int = 0) -> Any:
         return obj
 
     @override
@@ -190,7 +190,7 @@ class IPUStrategy(ParallelStrategy):
         self.run.begin_training()
 
     @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, *args: object, **kwargs: object) -> Any:
         self.run.begin_step()
         return super().training_step(*args, **kwargs)
 
@@ -217,7 +217,7 @@ class IPUStrategy(ParallelStrategy):
 
     @override
     def save_checkpoint(
-        self, checkpoint: Dict[str, Any], filepath: Any, storage_options: Optional[Any] = None
+        self, checkpoint: Dict[str, object], filepath: Any, storage_options: Optional[Any] = None
     ) -> None:
         state = self._rng_state if self._run is None else self._run.rng_state()
         checkpoints.add_ipu_entry(checkpoint, self.ipu_config, state)
@@ -230,7 +230,7 @@ class IPUStrategy(ParallelStrategy):
         self, checkpoint_path: Any, weights_only: Optional[bool] = None
     ) -> Dict[str, Any]:
         given = {} if weights_only is None else {"weights_only": weights_only}  # new in 2.6
-        checkpoint: Dict[str, Any] = super().load_checkpoint(checkpoint_path, **given)
+        checkpoint: Dict[str, object] = super().load_checkpoint(checkpoint_path, **given)
         self.run.read_ipu_entry(checkpoint)
         return checkpoint
 

@@ -53,8 +53,8 @@ class UpdatesOfACall(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: object,
         batch_idx: int,
     ) -> None:
         """Count the updates after the first one, which Lightning counts itself."""
@@ -67,7 +67,7 @@ class UpdatesOfACall(Callback):
             scheduler.step()
 
 
-def schedules_of_every_update(schedules: Sequence[Any], updates_per_batch: int) -> List[Any]:
+def schedules_of_every_update(schedules: Sequence[Any], updates_per_batch: int) -> List[object]:
     """Return the schedulers that step after every update; let the others count calls.
 
     Args:

@@ -34,7 +34,9 @@ def run_all(commands):
             for command, environment in commands
         ]
         for process in processes:
-            output, _ = process.communicate(timeout=120)
+            stack.callback(process.kill)  # where another one fails or does not end
+        for process in processes:
+            output, _ = process.communicate(timeout=300)
             assert process.returncode == 0, output
 
 

@@ -21,7 +21,7 @@ from lightning_ipu_bert._compat.lightning import (
 from lightning_ipu_bert.strategies.distributed.launch import failure, watch
 from lightning_ipu_bert.training.termination import InterruptedBetweenSteps
 
-Prepare = Callable[[Optional[Trainer], Any], None]
+Prepare = Callable[[Optional[Trainer], object], None]
 """Checks a run; called with the Trainer and the arguments of its entry point."""
 
 
@@ -58,11 +58,11 @@ class ScriptLauncher(SubprocessScriptLauncher):
     @override
     def launch(
         self,
-        function: Callable[..., Any],
-        *args: Any,
+        function: Callable[..., object],
+        *args: object,
         trainer: Optional[Trainer] = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> object:
         """Check the run, start the ranks and call the function."""
         self._prepare(trainer, args)
         self._launches += 1

@@ -40,7 +40,7 @@ class NotebookLauncher(MultiProcessingLauncher):
         *args: Any,
         trainer: Optional[Trainer] = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> object:
         """Check the run, start the ranks and call the function in them.
 
         Raises:
@@ -63,7 +63,7 @@ class NotebookLauncher(MultiProcessingLauncher):
         """Forward Ctrl-C to the ranks within the context."""
         here, previous = os.getpid(), signal.getsignal(signal.SIGINT)
 
-        def forward(number: int, _: Any) -> None:
+        def forward(number: int, _: object) -> None:
             for process in self.procs if os.getpid() == here else ():
                 if process.pid is not None and process.is_alive():
                     os.kill(process.pid, number)
@@ -93,7 +93,7 @@ class Interruptible:
     """
 
     def __init__(
-        self, function: Callable[..., Any], trainer: Optional[Trainer], own_group: bool
+        self, function: Callable[..., object], trainer: Optional[Trainer], own_group: bool
     ) -> None:
         """Wrap an entry point.
 
@@ -107,7 +107,7 @@ class Interruptible:
         self._trainer = trainer
         self._own_group = own_group
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Call the entry point."""
         if self._own_group:
             os.setpgrp()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Callable, List, Optional, Union
+from typing import Callable, List, Optional, Union
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
@@ -19,7 +19,7 @@ from lightning_ipu_bert.pipeline.rules import enforce
 from lightning_ipu_bert.strategies.distributed.checks import resolve_run
 from lightning_ipu_bert.strategies.distributed.launch.launcher import ScriptLauncher
 from lightning_ipu_bert.strategies.distributed.launch.notebook import NotebookLauncher
-from lightning_ipu_bert.strategies.distributed.mesh import Mesh, create_mesh
+from lightning_ipu_bert.strategies.distributed.mesh import Group, Mesh, create_mesh
 
 Launcher = Union[ScriptLauncher, NotebookLauncher]
 
@@ -60,6 +60,11 @@ class Ranks:
         """Called by a second Ctrl-C."""
         assert self._launcher is not None
         return self._launcher.end_at_once
+
+    @property
+    def replica_group(self) -> Group:
+        """The ranks that hold the same stages, one per replica; None before `join`."""
+        return None if self.mesh is None else self.mesh.replica_group
 
     def launcher(
         self, strategy: ParallelStrategy, num_nodes: int, fail: Callable[[BaseException], None]
@@ -114,7 +119,7 @@ class Ranks:
         assert plan is not None
         return plan
 
-    def _prepare(self, trainer: Optional[Trainer], args: Any) -> None:
+    def _prepare(self, trainer: Optional[Trainer], args: object) -> None:
         """Check a run, resolve its plan and print it, before any process is started."""
         if trainer is None:
             return

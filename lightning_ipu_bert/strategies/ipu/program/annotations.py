@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Iterator, List, Optional, Sequence
+from typing import Iterator, List, Optional, Sequence
 
 from torch import Tensor, nn
 from torch.nn.functional import embedding
@@ -47,7 +47,7 @@ def annotated(module: nn.Module, plan: Plan, program: ProgramConfig) -> Iterator
         yield
 
 
-def _keep_output(module: nn.Module, inputs: Any, output: Any) -> Any:
+def _keep_output(module: nn.Module, inputs: object, output: object) -> object:
     poptorch = import_poptorch()
     return map_tree(
         output, lambda x: poptorch.recomputationCheckpoint(x) if isinstance(x, Tensor) else x

@@ -78,7 +78,7 @@ def normal(tensors: Sequence[Tensor]) -> List[Tensor]:
     return [tensor.clone() if tensor.is_inference() else tensor for tensor in tensors]
 
 
-def as_float32(output: Any) -> Any:
+def as_float32(output: object) -> object:
     """Convert float16 tensors of an output to float32, in which CPUs compute losses precisely."""
     return map_tree(
         output,

@@ -23,7 +23,7 @@ from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 class OnHost:
     """Placeholder for values of a batch that are not tensors and not on the IPUs."""
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+    def _refuse(self, *args: object, **kwargs: object) -> Any:
         raise UserError(
             "stage_forward or pipeline_loss uses a value of the batch that is not a tensor: on "
             "IPUs it would be a constant from the first batch. Make it a tensor with one value per "
@@ -40,15 +40,15 @@ class OnHost:
 class BatchLayout(NamedTuple):
     """Positions of the tensors in a batch. Other values remain on the host."""
 
-    structure: Any
+    structure: object
     """The batch with True for tensors and False for other values."""
 
     @classmethod
-    def of(cls, batch: Any) -> BatchLayout:
+    def of(cls, batch: object) -> BatchLayout:
         """Return the layout of a batch."""
         return cls(map_tree(batch, lambda leaf: isinstance(leaf, Tensor), sort_keys=True))
 
-    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+    def rebuild(self, tensors: Sequence[Tensor]) -> object:
         """Return a batch of these tensors; other values are `OnHost`."""
         given = iter(tensors)
         return map_tree(
@@ -56,7 +56,7 @@ class BatchLayout(NamedTuple):
         )
 
 
-def batch_tensors(batch: Any) -> List[Tensor]:
+def batch_tensors(batch: object) -> List[Tensor]:
     """Return the tensors of a batch in the order of its layout.
 
     Raises:
@@ -96,7 +96,7 @@ class TracedNetwork(nn.Module):
         # Not of the blocks, which users may have set to evaluation mode.
         self.training = module.training  # type: ignore[attr-defined]
 
-    def _run(self, tensors: Tuple[Tensor, ...]) -> Tuple[Any, Any]:
+    def _run(self, tensors: Tuple[Tensor, ...]) -> Tuple[object, object]:
         """Run all blocks; return the output of the last one and the batch."""
         module: Any = self._host[0]
         batch = self._layout.rebuild(tensors)
@@ -134,7 +134,7 @@ class InferenceNetwork(TracedNetwork):
     """Tensors of a micro-batch in, the model's output out."""
 
     @override
-    def forward(self, *tensors: Tensor) -> Any:
+    def forward(self, *tensors: Tensor) -> object:
         """Return the output of the last block."""
         with self._buffers_lent():
             return self._run(tensors)[0]

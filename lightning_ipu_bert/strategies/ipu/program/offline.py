@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any, Callable
+from typing import Callable
 
 from lightning.pytorch import Trainer
 
@@ -36,7 +36,7 @@ def compile_and_end(trainer: Trainer) -> None:
     raise CompiledOffline
 
 
-def _step(trainer: Trainer, loop: Any, step: Callable[..., Any]) -> None:
+def _step(trainer: Trainer, loop: object, step: Callable[..., object]) -> None:
     """Run a step on the first batch as in the loops of Lightning, up to the compilation."""
     with suppress(CompiledOffline):
         run_step_on_first_batch(trainer, loop, step)

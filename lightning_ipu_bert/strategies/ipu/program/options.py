@@ -30,7 +30,9 @@ class OptionsContext(NamedTuple):
     """Round the number of reserved IPUs up to a power of two."""
 
 
-def ipu_options(config: IPUConfig, training: bool, context: Optional[OptionsContext] = None) -> Any:
+def ipu_options(
+    config: IPUConfig, training: bool, context: Optional[OptionsContext] = None
+) -> object:
     """Return the options of one program.
 
     Args:

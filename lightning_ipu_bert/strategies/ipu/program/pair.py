@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, Callable, Optional
+from typing import Callable, Optional
 
 from torch import nn
 
@@ -112,7 +112,7 @@ class ProgramPair:
 
     def _fit_together(self) -> bool:
         if self._both_fit is None:  # queried once: it is slow, and needed for each batch
-            poptorch: Any = import_poptorch()
+            poptorch = import_poptorch()
             needed = 1 << (self._ipus_together - 1).bit_length()
             self._both_fit = bool(poptorch.ipuHardwareIsAvailable(needed))
         return self._both_fit
