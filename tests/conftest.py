@@ -1,5 +1,6 @@
 """Fixtures of all tests: a small corpus with its tokenizer, and the folders of real data."""
 
+import gc
 import logging
 import os
 from pathlib import Path
@@ -15,6 +16,9 @@ from lightning_ipu_bert import BertForQuestionAnsweringModule, SquadDataModule
 from lightning_ipu_bert.data.quickstart.folder import write_quickstart
 from lightning_ipu_bert.files import built_once
 
+# What was imported stays: full collections, which tests ask for, need not look at it.
+gc.freeze()
+
 # Lightning keeps its lines from `caplog` unless pytest had begun to listen when it was imported.
 logging.getLogger("lightning.pytorch").propagate = True
 
@@ -29,16 +33,20 @@ TINY = {
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch, tmp_path):
-    """Small networks are fastest on one thread; nothing is written outside the test's folder."""
+def quiet(monkeypatch, tmp_path_factory):
+    """Small networks are fastest on one thread; the cache of the user stays as it is."""
     torch.set_num_threads(1)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(_shared(tmp_path_factory) / "xdg"))
 
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory):
-    """The generated corpus: train.json, validation.json and tokenizer/."""
-    return built_once(_shared(tmp_path_factory) / "quickstart", write_quickstart)
+    """The generated corpus: train.json, validation.json and tokenizer/.
+
+    Its first 1,500 passages: reading all of them takes longer than most runs of the tests.
+    """
+    folder = _shared(tmp_path_factory) / "quickstart"
+    return built_once(folder, lambda path: write_quickstart(path, training_passages=1500))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from model_helpers import QUICKSTART_OPTIONS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -71,3 +73,8 @@ def test_it_is_typed_and_licensed(installed):
     (metadata,) = installed.glob("lightning_ipu_bert-*.dist-info")
     assert list(metadata.rglob("LICENSE"))
     assert "Apache-2.0" in (metadata / "METADATA").read_text("utf8").split("\n\n")[0]
+
+
+def test_documentation_is_not_in_it(installed):
+    assert (ROOT / "lightning_ipu_bert" / "docs" / "glossary.md").exists()
+    assert not (installed / "lightning_ipu_bert" / "docs").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Mapping, NamedTuple, Optional, Tuple
+from typing import List, Mapping, NamedTuple, Optional, Tuple, Union
 
 from lightning_ipu_bert.data import hub
 from lightning_ipu_bert.data.formats import read_files
@@ -11,6 +11,8 @@ from lightning_ipu_bert.data.questions import QuestionSet
 from lightning_ipu_bert.data.quickstart.folder import NAME, quickstart_folder
 from lightning_ipu_bert.data.records import Rules, collect
 from lightning_ipu_bert.errors import UserError
+
+Files = Union[str, List[str], None]
 
 
 class Sources(NamedTuple):
@@ -55,3 +57,8 @@ class Sources(NamedTuple):
             f"There is no data for the split '{split}'. Pass --data.{split}_file or "
             f"--data.dataset_name, or use --config quickstart.yaml, which needs no files."
         )
+
+
+def paths_of(files: Files) -> Tuple[str, ...]:
+    """Return the paths of a file, a list of files, or none."""
+    return (files,) if isinstance(files, str) else tuple(files or ())

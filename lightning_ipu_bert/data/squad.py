@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import lightning.pytorch as pl
 import torch
@@ -19,12 +19,10 @@ from lightning_ipu_bert.data.logits import Parts, join_logits
 from lightning_ipu_bert.data.metrics import squad_scores
 from lightning_ipu_bert.data.records import Rules
 from lightning_ipu_bert.data.settings import data_rules, settings_of
-from lightning_ipu_bert.data.sources import Sources
+from lightning_ipu_bert.data.sources import Files, Sources, paths_of
 from lightning_ipu_bert.data.splits import SPLITS, Split, Splits
 from lightning_ipu_bert.pipeline.facts import facts_of
 from lightning_ipu_bert.pipeline.rules import count_rule, enforce
-
-Files = Union[str, List[str], None]
 
 
 class SquadDataModule(pl.LightningDataModule):
@@ -103,7 +101,7 @@ class SquadDataModule(pl.LightningDataModule):
         self.answer_rules = AnswerRules(max_answer_length, n_best, version_2, null_score_threshold)
         self.splits = Splits(
             Sources(
-                {name: _paths(self.hparams[f"{name}_file"]) for name in SPLITS},
+                {name: paths_of(self.hparams[f"{name}_file"]) for name in SPLITS},
                 dataset_name,
                 dataset_config_name,
                 {name: self.hparams[f"{name}_split"] for name in SPLITS},
@@ -246,7 +244,3 @@ class SquadDataModule(pl.LightningDataModule):
     def _eval_loader(self, split: str) -> DataLoader[Batch]:
         batch_size = self.hparams["eval_micro_batch_size"] * self._micro_batches
         return self._loader(split, batch_size)
-
-
-def _paths(files: Files) -> Tuple[str, ...]:
-    return (files,) if isinstance(files, str) else tuple(files or ())

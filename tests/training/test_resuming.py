@@ -16,6 +16,8 @@ from lightning_ipu_bert.commands.export import export
 from lightning_ipu_bert.commands.loading import load_trained
 from lightning_ipu_bert.training.checkpoint_io import AtomicCheckpointIO
 
+pytestmark = pytest.mark.slow
+
 STEPS_PER_EPOCH = 6
 
 

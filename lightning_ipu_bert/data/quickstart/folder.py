@@ -37,10 +37,10 @@ def quickstart_folder(cache_dir: Path) -> Path:
     return built_once(cache_dir / f"{NAME}-{digest}", write_quickstart)
 
 
-def write_quickstart(folder: Path) -> None:
+def write_quickstart(folder: Path, training_passages: int = NUM_TRAINING_PASSAGES) -> None:
     """Write ``train.json``, ``validation.json`` and ``tokenizer/`` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    train = quickstart_corpus(NUM_TRAINING_PASSAGES, TRAINING_SEED, held_out=False)
+    train = quickstart_corpus(training_passages, TRAINING_SEED, held_out=False)
     validation = quickstart_corpus(NUM_VALIDATION_PASSAGES, VALIDATION_SEED, held_out=True)
     for name, corpus in (("train", train), ("validation", validation)):
         (folder / f"{name}.json").write_text(json.dumps(corpus), encoding="utf-8")

@@ -12,7 +12,7 @@ from transformers import BertForQuestionAnswering
 from lightning_ipu_bert import BertForQuestionAnsweringModule, PipelineParallelStrategy
 from lightning_ipu_bert.cli import main
 
-pytestmark = needs_pipelining
+pytestmark = [pytest.mark.slow, needs_pipelining]
 GLOBAL_BATCH, SAVED_AFTER, STEPS = 16, 3, 6
 LAYOUTS = {
     "plain": None,

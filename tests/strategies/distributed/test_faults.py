@@ -12,7 +12,7 @@ from model_helpers import needs_pipelining
 
 from lightning_ipu_bert.strategies.distributed.launch import watch
 
-pytestmark = needs_pipelining
+pytestmark = [pytest.mark.slow, needs_pipelining]
 
 
 def start(folder, harm, rank, *ckpt_path):

@@ -9,7 +9,7 @@ from jobs import losses_in
 from model_helpers import needs_pipelining
 from test_faults import start
 
-pytestmark = needs_pipelining
+pytestmark = [pytest.mark.slow, needs_pipelining]
 
 
 @pytest.fixture(scope="module")

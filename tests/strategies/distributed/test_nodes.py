@@ -13,7 +13,7 @@ from model_helpers import needs_pipelining
 from node_script import train
 from ranks import free_port, run_ranks
 
-pytestmark = needs_pipelining
+pytestmark = [pytest.mark.slow, needs_pipelining]
 SCRIPT = str(Path(__file__).parents[1] / "node_script.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_ipu_bert import IPUConfig, UserError
 from lightning_ipu_bert.training.checkpoint_io import AtomicCheckpointIO
 
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The dirpath has changed")]
 
 UPDATES = 4
 LAYOUTS = {

@@ -16,7 +16,7 @@ from models import GLOBAL_BATCH
 from lightning_ipu_bert.data.loaders import ResumableDataLoader, TrainingSampler
 
 # Lightning 2.3 says so by a warning.
-pytestmark = pytest.mark.filterwarnings("ignore:Detected KeyboardInterrupt")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Detected KeyboardInterrupt")]
 UPDATES, SENT, DONE = 4, 1, 2
 
 

@@ -24,6 +24,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler
 
+pytestmark = pytest.mark.slow
+
 FOUR_STAGES = {
     "layers_per_stage": [1, 2, 2, 1],
     "replication_factor": 2,

@@ -319,6 +319,7 @@ def test_without_the_sdk_one_line_says_what_is_missing_and_what_runs_instead(tmp
     assert "--trainer.strategy.class_path lightning_ipu_bert.PipelineParallelStrategy" in message
 
 
+@pytest.mark.slow
 def test_the_package_needs_no_sdk():
     """In a process whose path has no stand-in."""
     code = "import lightning_ipu_bert, sys; assert 'poptorch' not in sys.modules"

@@ -26,6 +26,8 @@ from lightning_ipu_bert.pipeline.ipu.file import read_values
 from lightning_ipu_bert.pipeline.ipu.program import program_rules
 from lightning_ipu_bert.pipeline.plan import layer_rules
 
+pytestmark = pytest.mark.slow
+
 CLI = Path(__file__).parents[2] / "cli_script.py"
 
 CONFIGS = sorted(

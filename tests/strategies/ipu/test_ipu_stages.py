@@ -13,6 +13,8 @@ from ipu_runs import (
 from language_model import LanguageModel, Sentences
 from models import GLOBAL_BATCH
 
+pytestmark = pytest.mark.slow
+
 
 def test_fit_validate_and_fit_again(tmp_path):
     module, examples = with_adamw("bert")
