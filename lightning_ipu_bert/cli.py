@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set
 
 from jsonargparse import ActionConfigFile
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
@@ -69,6 +70,7 @@ class QuestionAnsweringCLI(PlainCLI):
     def __init__(self, args: List[str]) -> None:
         """Parse the arguments and run the verb."""
         self._parsers: List[Parser] = []
+        self._first = args[0] if args else ""
         super().__init__(
             BertForQuestionAnsweringModule,
             SquadDataModule,
@@ -82,6 +84,12 @@ class QuestionAnsweringCLI(PlainCLI):
             },
             args=args,
         )
+
+    @override
+    def subcommands(self) -> Dict[str, Set[str]]:  # type: ignore[override]  # static in Lightning
+        """Return the verb that was given, or all: a parser of a verb takes a while to create."""
+        verbs = LightningCLI.subcommands()
+        return {self._first: verbs[self._first]} if self._first in verbs else verbs
 
     @override
     def init_parser(self, **kwargs: Any) -> Parser:

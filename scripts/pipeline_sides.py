@@ -44,7 +44,7 @@ BERT_LARGE: Dict[str, Any] = {
 
 def now() -> float:
     """Return the time when all work is done, that of a GPU too."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 

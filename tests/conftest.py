@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from lightning_ipu_bert.files import built_once
 
 # What was imported stays: full collections, which tests ask for, need not look at it.
 gc.freeze()
+
+# Ctrl-C is tested; a shell that starts pytest in the background has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Lightning keeps its lines from `caplog` unless pytest had begun to listen when it was imported.
 logging.getLogger("lightning.pytorch").propagate = True
@@ -108,3 +112,14 @@ def squad_dir():
 def bert_dir():
     """A real pretrained BERT, stored in float16."""
     return _folder("BERT_WEIGHTS_DIR")
+
+
+def pytest_configure(config):
+    """Let pytest-xdist begin files in the order of the items, not with those of most tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest test, beside which all others can run."""
+    items.sort(key=lambda item: "quickstart_learns" not in item.name)

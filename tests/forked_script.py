@@ -19,6 +19,8 @@ import warnings
 from pathlib import Path
 from typing import Any, List, Mapping, NamedTuple, NoReturn, Optional
 
+from tqdm import tqdm
+
 
 class ForkedScript:
     """Takes the place of `subprocess.Popen([sys.executable, script, *arguments])`."""
@@ -107,6 +109,7 @@ def _forget_pytest() -> None:
     vars(sys).update(stdout=stdout, stderr=stderr, __stdout__=stdout, __stderr__=stderr)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    tqdm.set_lock(threading.RLock())  # forks share one, which a killed process would keep
     warnings.resetwarnings()
     logging.root.handlers.clear()
     loggers: List[Any] = list(logging.root.manager.loggerDict.values())

@@ -48,10 +48,10 @@ def _trainer_flags() -> Iterator[str]:
         def parse_arguments(self, parser: Any, args: Any) -> None:
             raise ParsersBuiltError
 
-    cli = Parsers.__new__(Parsers)
-    with suppress(ParsersBuiltError):
-        cli.__init__(["fit"])  # type: ignore[misc]
     for verb in VERBS:
+        cli = Parsers.__new__(Parsers)
+        with suppress(ParsersBuiltError):
+            cli.__init__([verb])  # type: ignore[misc]
         defaults = cli.defaults_of(verb)
         for name, value in sorted(defaults.items()):
             if name.split(".")[0] in GROUPS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from typing_extensions import override
+
+from lightning_ipu_bert.data.feature_table import FeatureRows
 
 Batch = Dict[str, Tensor]
 """A batch of features; see `Collator`."""
@@ -32,8 +34,10 @@ class Collator:
         self.pad_token_id = pad_token_id
         self.length = length
 
-    def __call__(self, features: Sequence[Dict[str, Any]]) -> Batch:
+    def __call__(self, features: Union[FeatureRows, Sequence[Mapping[str, Any]]]) -> Batch:
         """Return a batch of rows of a dataset of features."""
+        if isinstance(features, FeatureRows):
+            return features.batch(self.pad_token_id, self.length or 0)
         input_ids = self._stack([f["input_ids"] for f in features], self.pad_token_id)
         counts = torch.tensor([len(f["input_ids"]) for f in features])
         batch = {

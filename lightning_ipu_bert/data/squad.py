@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_ipu_bert.data.answers import AnswerRules, Answers, Windows, decode
 from lightning_ipu_bert.data.feature_cache import default_cache_dir
+from lightning_ipu_bert.data.feature_table import FeatureTable
 from lightning_ipu_bert.data.loaders import Batch, Collator, ResumableDataLoader, TrainingSampler
 from lightning_ipu_bert.data.logits import Parts, join_logits
 from lightning_ipu_bert.data.metrics import squad_scores
@@ -154,17 +155,17 @@ class SquadDataModule(pl.LightningDataModule):
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return batches of training features, in the order of `TrainingSampler`."""
-        rows = self.split("train").features.data.column("input_ids").combine_chunks()
+        table = FeatureTable(self.split("train").features)
         sampler_kwargs = self.trainer.distributed_sampler_kwargs if self.trainer else None
         batch_size = self.hparams["micro_batch_size"] * self._micro_batches
         sampler = TrainingSampler(
-            rows.value_lengths().to_pylist(),
+            table.lengths.tolist(),
             batch_size,
             self.hparams["group_by_length"],
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # set by seed_everything
             **(sampler_kwargs or {}),
         )
-        loader = self._loader("train", batch_size, sampler)
+        loader = self._loader(table, batch_size, sampler)
         if self._resume_from:
             loader.load_state_dict(self._resume_from)
         return loader
@@ -226,12 +227,12 @@ class SquadDataModule(pl.LightningDataModule):
         return facts_of(self.trainer).micro_batches_per_batch
 
     def _loader(
-        self, split: str, batch_size: int, sampler: Optional[TrainingSampler] = None
+        self, table: FeatureTable, batch_size: int, sampler: Optional[TrainingSampler] = None
     ) -> ResumableDataLoader:
         fixed = self.hparams["pad_to_max_length"] or facts_of(self.trainer).static_shapes
         length = self.hparams["max_length"] if fixed else None
         return ResumableDataLoader(
-            self.split(split).features,
+            table,
             batch_size=batch_size,  # a keyword: Lightning re-creates loaders for `predict`
             sampler=sampler,
             num_workers=self.hparams["num_workers"],
@@ -243,4 +244,4 @@ class SquadDataModule(pl.LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader[Batch]:
         batch_size = self.hparams["eval_micro_batch_size"] * self._micro_batches
-        return self._loader(split, batch_size)
+        return self._loader(FeatureTable(self.split(split).features), batch_size)

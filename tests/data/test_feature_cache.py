@@ -1,10 +1,12 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from lightning_ipu_bert.data import feature_cache
@@ -57,6 +59,7 @@ def test_the_key_changes_with_whatever_shapes_a_feature(quickstart, tokenizer, m
 
 def build_in_process(quickstart, cache, slow, done):
     """Build the cache in another process; slowly if asked, to be caught in the middle."""
+    tqdm.set_lock(threading.RLock())  # forks share one, which a killed process would keep
     tokenizer = AutoTokenizer.from_pretrained(str(quickstart / "tokenizer"))
     question_set = read_files([str(quickstart / "validation.json")], Rules())
     build = feature_cache.build_dataset

@@ -1,11 +1,18 @@
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_ipu_bert.data.feature_cache import cached_features
+from lightning_ipu_bert.data.feature_table import FeatureTable
+from lightning_ipu_bert.data.formats import read_files
 from lightning_ipu_bert.data.loaders import Collator, ResumableDataLoader, TrainingSampler
+from lightning_ipu_bert.data.records import Rules
+from lightning_ipu_bert.data.settings import Windowing
+from lightning_ipu_bert.data.tokenizer import load_tokenizer
 
 
 def feature(index, length):
@@ -130,3 +137,23 @@ def test_the_state_counts_batches_handed_out_not_prefetched(workers):
     batches = iter(loader)
     next(batches)
     assert loader.state_dict() == {"epoch": 0, "batches": 1}
+
+
+@pytest.fixture(scope="module")
+def table(quickstart, cache_dir):
+    question_set = read_files([str(quickstart / "validation.json")], Rules())
+    tokenizer = load_tokenizer(str(quickstart / "tokenizer"))
+    windowing = Windowing(max_length=48, doc_stride=8)
+    return FeatureTable(cached_features(question_set, tokenizer, windowing, Path(cache_dir)))
+
+
+@given(data=st.data(), length=st.sampled_from([None, 20, 48, 60]))
+def test_rows_cut_from_arrays_equal_rows_of_the_dataset(table, data, length):
+    """`Collator` pads the lists of a dataset row by row; a table cuts them from flat arrays."""
+    rows = data.draw(st.lists(st.integers(0, len(table) - 1), min_size=1, max_size=9))
+    collate = Collator(pad_token_id=7, length=length)
+    expected, found = collate([table[row] for row in rows]), collate(table.__getitems__(rows))
+    assert found.keys() == expected.keys()
+    for name, values in found.items():
+        assert values.dtype == torch.int64
+        assert torch.equal(values, expected[name]), name

@@ -138,9 +138,9 @@ def test_warm_up_by_ratio_or_steps_over_all_updates(
     history = Losses()
     trainer = make_trainer(tmp_path, history, max_steps=8, limit_val_batches=0)
     trainer.fit(make_module(learning_rate=1.0e-3, **changes), datamodule=make_data())
-    highest = max(range(8), key=lambda i: history.rates[i])
+    highest = max(range(8), key=lambda i: history.logged_rates[i])
     assert highest == first
-    assert history.rates[first] == pytest.approx(1e-3)
+    assert history.logged_rates[first] == pytest.approx(1e-3)
 
 
 def test_accumulation_counts_updates(make_module, make_data, tmp_path):
@@ -156,7 +156,7 @@ def test_accumulation_counts_updates(make_module, make_data, tmp_path):
     )
     trainer.fit(make_module(learning_rate=3.0), datamodule=make_data())
     assert trainer.global_step == 3
-    assert history.rates == pytest.approx([3, 3, 2, 2, 1, 1])
+    assert history.logged_rates == pytest.approx([3, 3, 2, 2, 1, 1])
 
 
 def test_what_is_logged(make_module, make_data, tmp_path):

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from language_model import LanguageModel
-from notebook_script import EXAMPLES, make
+from notebook_script import EXAMPLES, make_run
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ipu_bert import PipelineParallelStrategy
@@ -71,7 +71,7 @@ def equal(module, truth):
 
 
 if __name__ == "__main__":
-    module, expected = make(), make()
+    module, expected = make_run(), make_run()
     handler = signal.getsignal(signal.SIGINT)
     fit = trainer(Interrupt(os.getpid()))
     if sys.argv[1] == "twice":

@@ -25,7 +25,7 @@ class Recording(LanguageModel):
         self.losses.append(float(outputs["loss"]))
 
 
-def train(folder, num_nodes, devices):
+def train_on_nodes(folder, num_nodes, devices):
     warnings.simplefilter("ignore")
     pl.seed_everything(3, verbose=False)
     replicas = num_nodes * devices // 2
@@ -56,5 +56,5 @@ def train(folder, num_nodes, devices):
 
 
 if __name__ == "__main__":
-    answer, rank = train(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    answer, rank = train_on_nodes(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
     (Path(sys.argv[1]) / f"rank{rank}.json").write_text(json.dumps(answer))

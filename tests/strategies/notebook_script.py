@@ -27,14 +27,14 @@ def fit(module, strategy, devices):
     trainer.fit(module, DataLoader(EXAMPLES, 8, sampler=sampler))
 
 
-def make():
+def make_run():
     torch.manual_seed(3)
     return LanguageModel()
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    piped, plain = make(), make()
+    piped, plain = make_run(), make_run()
     for _ in range(2):
         strategy = PipelineParallelStrategy(
             layers_per_stage=[3, 3], gradient_accumulation_steps=4, start_method="fork"

@@ -65,7 +65,7 @@ def test_a_resumed_run_repeats_the_losses_of_an_uninterrupted_one(
         num_sanity_val_steps=sanity_steps,
     )
     assert resumed.losses == history.losses[done:]
-    assert resumed.rates == history.rates[done:]
+    assert resumed.logged_rates == history.logged_rates[done:]
     assert trainer.global_step == 2 * STEPS_PER_EPOCH
 
 

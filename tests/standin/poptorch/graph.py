@@ -5,9 +5,9 @@ those of the trace; what would need a tensor's value raises.
 """
 
 from collections import OrderedDict
+from functools import partial
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from poptorch.device import Error
@@ -50,8 +50,6 @@ class _Trace:
     def __init__(self):
         self.blocks = []
         """(user_id, ipu_id) of every block, in the order in which they began."""
-        self.ipus = []
-        """The IPU of every operation."""
 
     @property
     def ipu(self):
@@ -105,12 +103,56 @@ _NEED_VALUES = (
 )
 
 
-class _Placement(TorchDispatchMode):
+class Operation:
+    """An operation of a graph, whose tensors are named by numbers."""
+
+    def __init__(self, function, arguments, value, results, is_half, ipu):
+        self.function, self.arguments, self.results, self.ipu = function, arguments, results, ipu
+        self.is_one, self.is_half = isinstance(value, torch.Tensor), is_half
+
+    @property
+    def inputs(self):
+        return {leaf.number for leaf in _leaves(self.arguments) if isinstance(leaf, _Number)}
+
+
+class _Number:
+    def __init__(self, number):
+        self.number = number
+
+
+class _Recorder(TorchDispatchMode):
+    """Records the operations of a trace. Tensors that no operation has made are constants."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.operations, self.constants, self.kept = [], {}, []
+        self.numbers = {}
+        self.inputs = [self.number_of(x) for x in inputs]
+
+    def number_of(self, tensor):
+        if id(tensor) not in self.numbers:
+            self.kept.append(tensor)  # or another one could have its id
+            self.numbers[id(tensor)] = len(self.kept)
+        return _Number(self.numbers[id(tensor)])
+
+    def argument(self, leaf):
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) not in self.numbers:
+            self.constants[self.number_of(leaf).number] = leaf
+        return self.number_of(leaf)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in _NEED_VALUES:
             raise Error(f"{func} needs the value of a tensor, which has none while it is traced")
-        _Trace.active.ipus.append(_Trace.active.ipu)
-        return func(*args, **(kwargs or {}))
+        arguments = _map(self.argument, (args, kwargs or {}))
+        is_half = any(x.dtype == torch.float16 for x in _tensors((args, kwargs)))
+        function = REPLAYED.get(func, func)
+        value = _computed(function, *args, **(kwargs or {}))
+        results = [self.number_of(x).number for x in _tensors(value)]
+        op = Operation(func, arguments, value, results, is_half, _Trace.active.ipu)
+        self.operations.append(op)
+        return value
 
 
 class Graph:
@@ -120,36 +162,26 @@ class Graph:
         self.state_names = [
             name for name, _ in [*module.named_parameters(), *module.named_buffers()]
         ]
-        trace = _Trace()
-        out_structure = []
-
-        def run(state, args, kwargs):
-            with _Placement():
-                out = torch.func.functional_call(module, state, tuple(args), kwargs)
-            leaves, structure = torch.utils._pytree.tree_flatten(out)
-            out_structure.append((leaves, structure))
-            return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        inputs = state, args, kwargs = _copies((state, list(args), dict(kwargs)))
+        trace, recorder = _Trace(), _Recorder(_leaves(inputs))
         _Trace.active = trace
         try:
-            with torch.enable_grad():
-                # Real tensors are traced faster, but CPUs lack kernels for half precision.
-                mode = "fake" if _has_half((state, args, kwargs)) else "real"
-                with torch.random.fork_rng(devices=[]):
-                    traced = make_fx(run, tracing_mode=mode)(
-                        _copies(state), list(args), dict(kwargs)
-                    )
+            with torch.enable_grad(), torch.random.fork_rng(devices=[]), recorder:
+                out = torch.func.functional_call(module, state, tuple(args), kwargs)
         finally:
             _Trace.active = None
-        leaves, self.structure = out_structure[-1]
-        self.constants = [None if isinstance(x, torch.Tensor) else x for x in leaves]
+        leaves, self.structure = torch.utils._pytree.tree_flatten(out)
         self.is_tensor = [isinstance(x, torch.Tensor) for x in leaves]
-        self.module, self.blocks = traced, trace.blocks
-        self.ipus_of_ops = trace.ipus
-        losses = [n for n in traced.graph.nodes if n.op == "call_function" and n.target in LOSSES]
-        self.losses = losses
-        self._replay = _replayed(traced, losses)
+        self.constants = [None if isinstance(x, torch.Tensor) else x for x in leaves]
+        outputs = [recorder.argument(x) for x in leaves if isinstance(x, torch.Tensor)]
+        self.operations, self.blocks = recorder.operations, trace.blocks
+        self.losses = [op for op in self.operations if op.function in LOSSES]
+        self._replay = _compiled(self, recorder.inputs, outputs, recorder.constants)
+
+    @property
+    def ipus_of_ops(self):
+        return [op.ipu for op in self.operations]
 
     @property
     def num_stages(self):
@@ -163,82 +195,91 @@ class Graph:
 
     @property
     def recomputation_checkpoints(self):
-        nodes = self.module.graph.nodes
-        return sum(n.target is RECOMPUTATION_CHECKPOINT for n in nodes)
+        return sum(op.function is RECOMPUTATION_CHECKPOINT for op in self.operations)
 
     def final_loss(self):
-        """The node from which backward goes: the last loss, on which all others must lead."""
+        """The operation from which backward goes: the last loss, on which all others must lead."""
         if not self.losses:
             raise Error("Couldn't find a loss in graph!")
         final = self.losses[-1]
-        reached, todo = set(), [final]
-        while todo:
-            node = todo.pop()
-            if node not in reached:
-                reached.add(node)
-                todo.extend(node.all_input_nodes)
+        needed, reached = set(final.results), set()
+        for op in reversed(self.operations):
+            if needed.intersection(op.results):
+                needed |= op.inputs
+                reached.add(op)
         if any(loss not in reached for loss in self.losses):
             raise Error("Multiple independent losses found in graph")
         return final
 
     def play(self, state, args, kwargs):
-        """Run the graph; return its outputs and the value of every node that is a loss."""
-        leaves = torch.utils._pytree.tree_flatten((state, list(args), dict(kwargs)))[0]
-        if _has_half(leaves):
-            player = _Player(self.module)
-            return player.run(*leaves), player.kept
-        outputs, losses = self._replay(*leaves)
-        values = [value[0] if isinstance(value, tuple) else value for value in losses]
-        return outputs, dict(zip(self.losses, values))
+        """Run the graph; return its outputs and the value of every operation that is a loss."""
+        outputs, losses = self._replay(_leaves((state, list(args), dict(kwargs))))
+        return outputs, dict(zip(self.losses, losses))
 
 
-def _has_half(values):
-    leaves = torch.utils._pytree.tree_flatten(values)[0]
-    return any(isinstance(x, torch.Tensor) and x.dtype == torch.float16 for x in leaves)
+def _compiled(graph, inputs, outputs, own_tensors):
+    """Return a function of the inputs that runs all operations: code without any look-up."""
+    constants = []
+
+    def code_of(value):
+        if isinstance(value, _Number):
+            return f"v{value.number}"
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(code_of, value))}]"
+        constants.append(value)
+        return f"c[{len(constants) - 1}]"
+
+    lines = ["def replay(inputs):", f"  {code_of(inputs)} = inputs"]
+    lines += [f"  v{number} = {code_of(tensor)}" for number, tensor in own_tensors.items()]
+    for op in graph.operations:
+        function = REPLAYED.get(op.function, op.function)
+        args, kwargs = op.arguments
+        words = [code_of(partial(_computed, function) if op.is_half else function)]
+        words += [f"*{code_of(args)}", *(f"{key}={code_of(kwargs[key])}" for key in kwargs)]
+        call = f"{words[0]}({', '.join(words[1:])})"
+        names = ", ".join(f"v{number}" for number in op.results)
+        lines.append(f"  {names} = {call}" if op.is_one else f"  [{names}] = tensors({call})")
+    losses = [_Number(op.results[0]) for op in graph.losses]
+    lines.append(f"  return {code_of(outputs)}, {code_of(losses)}")
+    names = {"c": constants, "tensors": _tensors}
+    exec("\n".join(lines), names)
+    return names["replay"]
 
 
-def _copies(state):
+def _leaves(values):
+    return torch.utils._pytree.tree_flatten(values)[0]
+
+
+def _tensors(values):
+    return [x for x in _leaves(values) if isinstance(x, torch.Tensor)]
+
+
+def _map(function, values):
+    return torch.utils._pytree.tree_map(function, values)
+
+
+def _copies(values):
     """Tensors that a trace may change in place, and that need gradients where the originals do."""
-    return {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in state.items()}
+    return _map(
+        lambda x: (
+            x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+        ),
+        values,
+    )
 
 
-def _replayed(traced, losses):
-    """The graph as a function that also returns the losses; custom operations have gradients."""
-    graph, copies = torch.fx.Graph(), {}
-    outputs = graph.graph_copy(traced.graph, copies)
-    for node in graph.nodes:
-        if node.op == "call_function":
-            node.target = REPLAYED.get(node.target, node.target)
-    graph.output((outputs, [copies[node] for node in losses]))
-    return torch.fx.GraphModule(traced, graph)
-
-
-class _Player(torch.fx.Interpreter):
-    """Plays a graph of half precision: computed in single and rounded, since CPUs lack kernels."""
-
-    def __init__(self, module):
-        super().__init__(module)
-        self.kept = {}
-
-    def run_node(self, n):
-        value = super().run_node(n)
-        if n.op == "call_function" and n.target in LOSSES:
-            self.kept[n] = value[0] if isinstance(value, tuple) else value
-        return value
-
-    def call_function(self, target, args, kwargs):
-        target = REPLAYED.get(target, target)
-        leaves = torch.utils._pytree.tree_flatten((args, kwargs))[0]
-        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-        if not any(t.dtype == torch.float16 for t in tensors) or target is OPERATOR_GETITEM:
-            return target(*args, **kwargs)
-        args, kwargs = torch.utils._pytree.tree_map(_to_single, (args, kwargs))
-        half = all(t.dtype == torch.float16 for t in tensors if t.is_floating_point())
-        value = target(*args, **kwargs)
-        return torch.utils._pytree.tree_map(_to_half, value) if half else value
-
-
-OPERATOR_GETITEM = __import__("operator").getitem
+def _computed(function, *args, **kwargs):
+    """The value of an operation; half precision is computed in single: CPUs lack kernels."""
+    tensors = _tensors((args, kwargs))
+    if not any(t.dtype == torch.float16 for t in tensors):
+        return function(*args, **kwargs)
+    half = all(t.dtype == torch.float16 for t in tensors if t.is_floating_point())
+    single, options = _map(_to_single, (args, kwargs))
+    value = function(*single, **options)
+    value = _map(_to_half, value) if half else value
+    if function.__name__.split(".")[0].endswith("_"):  # in place
+        return args[0].copy_(value)
+    return value
 
 
 def _to_single(x):

@@ -8,11 +8,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from language_model import LanguageModel, Sentences
-from model_helpers import make_trainer, needs_pipelining
+from model_helpers import make_trainer, needs_pipelining, ordered_loader
 from ranks import run_ranks
-from torch.utils.data import DataLoader, DistributedSampler
-
-from lightning_ipu_bert import PipelineParallelStrategy
+from torch.utils.data import DataLoader
 
 pytestmark = needs_pipelining
 TWO = {"layers_per_stage": [3, 3], "gradient_accumulation_steps": 4}
@@ -34,19 +32,12 @@ class Worsening(LanguageModel):
         return [optimizer], [schedule]
 
 
-def train(plan, folder, *callbacks, **changes):
+def train_worsening(plan, folder, *callbacks, **changes):
     """Train as one of the plan's ranks or plain; return the Trainer."""
     warnings.simplefilter("ignore")
     pl.seed_everything(5, verbose=False)
-    strategy = PipelineParallelStrategy(**plan) if plan else "auto"
-    devices = strategy.config.shape.num_devices if plan else 1
-    options = {"max_epochs": 6, "strategy": strategy, "devices": devices, **changes}
-    trainer = make_trainer(folder, *callbacks, **options)
-    replicas = (plan or {}).get("replication_factor", 1)
-    share = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-    examples = Sentences(48)
-    sampler = DistributedSampler(examples, shuffle=False, **share)
-    loader = DataLoader(examples, 16 // replicas, sampler=sampler)
+    trainer = make_trainer(folder, *callbacks, plan=plan, **{"max_epochs": 6, **changes})
+    loader = ordered_loader(Sentences(48), 16, trainer, plan)
     trainer.fit(Worsening(), loader, DataLoader(Sentences(12), 4))
     return trainer
 
@@ -60,7 +51,7 @@ def _stop(plan, folder):
         folder, "{epoch}", monitor="val/loss", enable_version_counter=False
     )
     early = pl.callbacks.EarlyStopping("val/loss", patience=2)
-    trainer = train(plan, folder, best, early)
+    trainer = train_worsening(plan, folder, best, early)
     return trainer.current_epoch, early.stopped_epoch, best.best_model_path, best.best_model_score
 
 
@@ -76,7 +67,7 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(plan, tmp_path):
 def _log(plan, folder):
     logger = pl.loggers.CSVLogger(folder, name="", version="")
     monitor = pl.callbacks.LearningRateMonitor()
-    train(plan, folder, monitor, max_epochs=3, logger=logger, log_every_n_steps=1)
+    train_worsening(plan, folder, monitor, max_epochs=3, logger=logger, log_every_n_steps=1)
 
 
 def rows_of(folder):
@@ -116,7 +107,7 @@ def _measure(plan, folder):
         lambda batch: len(batch["tokens"]), window_size=2, separator="|"
     )
     logger = Notes(folder)
-    train(plan, folder, monitor, logger=logger, log_every_n_steps=3, max_epochs=2)
+    train_worsening(plan, folder, monitor, logger=logger, log_every_n_steps=3, max_epochs=2)
     return logger.noted
 
 
@@ -142,7 +133,7 @@ class Heard(logging.Handler):
 def _notices(plan, folder):
     heard = Heard()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(heard)
-    train(plan, folder, max_epochs=1)
+    train_worsening(plan, folder, max_epochs=1)
     return heard.lines
 
 
@@ -158,7 +149,7 @@ def test_one_replica_is_told_that_it_shares_nothing(tmp_path):
 def _ignored(plan, folder):
     heard = Heard()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(heard)
-    trainer = train(plan, folder, max_epochs=1)
+    trainer = train_worsening(plan, folder, max_epochs=1)
     trainer.validate(Worsening(), DataLoader(Sentences(12), 4), verbose=False)
     return [line for line in heard.lines if "Ignored without" in line]
 
@@ -176,4 +167,4 @@ def test_the_progress_bar_shows_the_loss_of_the_last_stage(tmp_path, capfd):
 
 
 def _with_bar(plan, folder):
-    train(plan, folder, max_epochs=1, enable_progress_bar=True)
+    train_worsening(plan, folder, max_epochs=1, enable_progress_bar=True)

@@ -40,26 +40,24 @@ class SaveOnce(Losses):
             trainer.save_checkpoint(self.path)
 
 
-def train(make_module, make_data, folder, plan, dropout=0.0, save_to=None, resume_from=None):
+def train_bert(make_module, make_data, folder, plan, dropout=0.0, save_to=None, resume_from=None):
     """Train to the last step; return loss and learning rate of every step, and the weights."""
     warnings.simplefilter("ignore")
     torch.manual_seed(4)
     module = make_module(
         dropout, learning_rate=1e-3, warmup_ratio=0.5, config_changes={"num_hidden_layers": 4}
     )
-    strategy, devices, micro_batch_size = "auto", 1, GLOBAL_BATCH
+    saver, micro_batch_size = SaveOnce(save_to), GLOBAL_BATCH
     if plan:
-        strategy = PipelineParallelStrategy(gradient_accumulation_steps=4, **plan)
-        devices = strategy.config.shape.num_devices
-        micro_batch_size = GLOBAL_BATCH // 4 // strategy.config.replication_factor
-    saver = SaveOnce(save_to)
-    trainer = make_trainer(folder, saver, strategy=strategy, devices=devices, max_steps=STEPS)
+        plan = {"gradient_accumulation_steps": 4, **plan}
+        micro_batch_size = GLOBAL_BATCH // 4 // plan.get("replication_factor", 1)
+    trainer = make_trainer(folder, saver, plan=plan, max_steps=STEPS)
     # The softmax over a window counts its padding, whose length must not depend on the layout.
     data = make_data(micro_batch_size=micro_batch_size, pad_to_max_length=True)
     trainer.limit_val_batches = 0
     trainer.fit(module, data, ckpt_path=resume_from)
     assert trainer.global_step == STEPS
-    return saver.losses, saver.rates, {k: v.clone() for k, v in module.state_dict().items()}
+    return saver.losses, saver.logged_rates, {k: v.clone() for k, v in module.state_dict().items()}
 
 
 def run(plan, *args, **options):
@@ -68,7 +66,7 @@ def run(plan, *args, **options):
 
 
 def _train_with(plan, args, options):
-    return train(*args, plan, **options)
+    return train_bert(*args, plan, **options)
 
 
 def mean_losses(results, plan):
@@ -85,7 +83,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def uninterrupted(make_module, make_data, folder):
-    return train(make_module, make_data, folder, None)
+    return train_bert(make_module, make_data, folder, None)
 
 
 @pytest.fixture
@@ -104,7 +102,7 @@ def test_any_layout_goes_on_as_if_there_had_been_no_break(
 ):
     plan = LAYOUTS[layout]
     args, options = (make_module, make_data, folder), {"resume_from": saved}
-    results = run(plan, *args, **options) if plan else [train(*args, None, **options)]
+    results = run(plan, *args, **options) if plan else [train_bert(*args, None, **options)]
     losses, rates, _ = uninterrupted
     assert mean_losses(results, plan) == pytest.approx(losses[SAVED_AFTER:], rel=1e-5)
     assert all(seen == rates[SAVED_AFTER:] for _, seen, _ in results)
@@ -112,7 +110,7 @@ def test_any_layout_goes_on_as_if_there_had_been_no_break(
 
 def test_a_plain_checkpoint_goes_on_with_rts(uninterrupted, make_module, make_data, folder):
     path = folder / "plain.ckpt"
-    train(make_module, make_data, folder, None, save_to=path)
+    train_bert(make_module, make_data, folder, None, save_to=path)
     plan = LAYOUTS["2x2 with RTS"]
     results = run(plan, make_module, make_data, folder, resume_from=path)
     assert mean_losses(results, plan) == pytest.approx(uninterrupted[0][SAVED_AFTER:], rel=1e-5)
@@ -145,7 +143,7 @@ def test_it_is_the_checkpoint_of_a_plain_model(saved, make_module, make_data, fo
 def _plain(make_module, make_data, folder):
     path = folder / "plain.ckpt"
     if not path.exists():
-        train(make_module, make_data, folder, None, save_to=path)
+        train_bert(make_module, make_data, folder, None, save_to=path)
     return path
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from forked_script import run_script
 from model_helpers import needs_pipelining
-from node_script import train
+from node_script import train_on_nodes
 from ranks import free_port, run_ranks
 
 pytestmark = [pytest.mark.slow, needs_pipelining]
@@ -47,7 +47,7 @@ def answers(folder, world):
 @pytest.fixture
 def one_node(tmp_path):
     """The same four ranks on one node."""
-    return [answer for answer, _ in run_ranks(4, train, str(tmp_path), 1, 4)]
+    return [answer for answer, _ in run_ranks(4, train_on_nodes, str(tmp_path), 1, 4)]
 
 
 def agents(folder, prefixes, addresses):
@@ -117,7 +117,7 @@ def test_two_agents_of_torchrun_compute_what_one_node_does(one_node, tmp_path):
 
 
 def test_slurm_computes_what_lightnings_own_ranks_do(tmp_path):
-    expected = [answer for answer, _ in run_ranks(2, train, str(tmp_path), 1, 2)]
+    expected = [answer for answer, _ in run_ranks(2, train_on_nodes, str(tmp_path), 1, 2)]
     job = {
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NAME": "pipeline",

@@ -98,7 +98,7 @@ class Recorder(pl.Callback):
         self.losses.append(float(outputs["loss"]))
 
 
-def train(kind, plan, clip, folder, otherwise="auto"):
+def train_kind(kind, plan, clip, folder, otherwise="auto"):
     """Train in this process, as one of the plan's ranks, or by another strategy without a plan."""
     warnings.simplefilter("ignore")
     module, examples = make_model(kind)
@@ -140,7 +140,7 @@ def references(tmp_path_factory):
 
     def reference(kind, clip):
         if (kind, clip) not in done:
-            done[kind, clip] = train(kind, None, clip, tmp_path_factory.mktemp("plain"))
+            done[kind, clip] = train_kind(kind, None, clip, tmp_path_factory.mktemp("plain"))
         return done[kind, clip]
 
     return reference
@@ -165,7 +165,7 @@ def test_so_do_those_of_large_tables(kind, case, references, tmp_path, monkeypat
 @pytest.mark.parametrize("kind", ["bert", "language model"])
 def test_the_same_module_trains_under_ddp(kind, references, tmp_path):
     losses, gradients, weights = references(kind, None)
-    results = run_ranks(2, train, kind, None, None, tmp_path, "ddp")
+    results = run_ranks(2, train_kind, kind, None, None, tmp_path, "ddp")
     assert torch.tensor([r[0] for r in results]).mean(0).tolist() == pytest.approx(losses, rel=1e-5)
     for _, rank_gradients, rank_weights in results:
         assert_equal(kind, rank_gradients, gradients)
@@ -178,7 +178,7 @@ def compare(kind, case, references, tmp_path):
     clip = plan.pop("clip", None)
     losses, gradients, weights = references(kind, clip)
     config = PipelineConfig(**plan)
-    results = run_ranks(config.shape.num_devices, train, kind, plan, clip, tmp_path)
+    results = run_ranks(config.shape.num_devices, train_kind, kind, plan, clip, tmp_path)
 
     per_replica = [
         results[i :: config.shape.ranks_per_replica] for i in range(config.shape.ranks_per_replica)

@@ -7,11 +7,8 @@ import pytest
 import torch
 from language_model import LanguageModel, Sentences
 from lightning.pytorch.plugins.precision import MixedPrecision
-from model_helpers import make_trainer, needs_pipelining
+from model_helpers import make_trainer, needs_pipelining, ordered_loader
 from ranks import run_ranks
-from torch.utils.data import DataLoader, DistributedSampler
-
-from lightning_ipu_bert import PipelineParallelStrategy
 
 pytestmark = needs_pipelining
 TWO_BY_TWO = {
@@ -48,30 +45,25 @@ class Overflowing(LanguageModel):
         self.weights.append(torch.cat(weights))
 
 
-def train(plan, folder):
+def train_in_float16(plan, folder):
     """Train with float16 on the CPU, which the Trainer's flag reserves for CUDA."""
     warnings.simplefilter("ignore")
     pl.seed_everything(5, verbose=False)
-    strategy = PipelineParallelStrategy(**plan) if plan else "auto"
-    devices = strategy.config.shape.num_devices if plan else 1
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
-    trainer = make_trainer(
-        folder, strategy=strategy, devices=devices, max_epochs=1, plugins=[plugin]
-    )
-    share = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-    examples, module = Sentences(80), Overflowing()
-    sampler = DistributedSampler(examples, shuffle=False, **share)
-    replicas = (plan or {}).get("replication_factor", 1)
-    trainer.fit(module, DataLoader(examples, 16 // replicas, sampler=sampler))
+    trainer = make_trainer(folder, plan=plan, max_epochs=1, plugins=[plugin])
+    module = Overflowing()
+    trainer.fit(module, ordered_loader(Sentences(80), 16, trainer, plan))
     return module.losses, module.scales, module.norms, module.weights
 
 
 @pytest.mark.parametrize("rts", [False, True], ids=["whole", "RTS"])
 def test_an_overflow_on_one_stage_makes_all_ranks_skip_the_update(rts, tmp_path):
-    losses, scales, norms, _ = train(None, tmp_path)
+    losses, scales, norms, _ = train_in_float16(None, tmp_path)
     assert scales == [1024.0, 1024.0, 512.0, 512.0, 512.0]
-    results = run_ranks(4, train, {**TWO_BY_TWO, "replicated_tensor_sharding": rts}, tmp_path)
+    results = run_ranks(
+        4, train_in_float16, {**TWO_BY_TWO, "replicated_tensor_sharding": rts}, tmp_path
+    )
     for _, seen, _, weights in results:
         assert seen == scales
         moved = [not torch.equal(a, b) for a, b in zip(weights, weights[1:])]

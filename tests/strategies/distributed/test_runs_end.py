@@ -10,7 +10,7 @@ from forked_script import run_script
 from language_model import LanguageModel
 from model_helpers import make_trainer, needs_pipelining
 from ranks import run_ranks
-from test_strategy import TWO, TWO_BY_TWO, loader, make
+from test_strategy import TWO, TWO_BY_TWO, loader, make_recording
 
 from lightning_ipu_bert import PipelineParallelStrategy
 
@@ -44,7 +44,7 @@ def train_twice(trainer, module, batches):
 
 
 def run_twice(plan, folder):
-    module, trainer = make(plan, folder, FailsOnce())
+    module, trainer = make_recording(plan, folder, FailsOnce())
     return train_twice(trainer, module, loader(64, 16, plan, trainer))
 
 
@@ -70,7 +70,7 @@ def test_nothing_is_left_of_a_run_that_is_over(tmp_path):
 
 
 def _fields(plan, folder):
-    module, trainer = make(plan, folder, max_epochs=1)
+    module, trainer = make_recording(plan, folder, max_epochs=1)
     trainer.fit(module, loader(16, 16, plan, trainer))
     return (
         trainer.strategy._run is None,
@@ -112,7 +112,7 @@ def test_recomputation_calls_the_model_once_for_a_stage_and_micro_batch(tmp_path
 def _mesh(plan, folder):
     import torch.distributed as dist
 
-    module, trainer = make(plan, folder, max_epochs=1)
+    module, trainer = make_recording(plan, folder, max_epochs=1)
     trainer.fit(module, loader(16, 16, plan, trainer))
     mesh = trainer.strategy._ranks.mesh
     groups = [dist.get_process_group_ranks(g) for g in (mesh.replica_group, mesh.pipeline_group)]
@@ -137,5 +137,5 @@ def test_validation_needs_no_accumulation(tmp_path):
 
 
 def _validate(plan, folder):
-    module, trainer = make(plan, folder)
+    module, trainer = make_recording(plan, folder)
     return trainer.validate(module, loader(8, 4), verbose=False)

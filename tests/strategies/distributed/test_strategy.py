@@ -6,9 +6,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from language_model import LanguageModel, Sentences
-from model_helpers import make_trainer, needs_pipelining
+from model_helpers import make_trainer, needs_pipelining, ordered_loader
 from ranks import run_ranks
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from lightning_ipu_bert import PipelineModule, PipelineParallelStrategy, UserError
 
@@ -71,33 +71,24 @@ class Recording(LanguageModel):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-def make(plan, folder, *callbacks, seed=5, dropout=0.0, **changes):
+def make_recording(plan, folder, *callbacks, seed=5, dropout=0.0, **changes):
     """Make a module and its Trainer, as one of the plan's ranks or plain."""
     warnings.simplefilter("ignore")
     pl.seed_everything(seed, verbose=False)
     module = Recording(dropout=dropout)
-    strategy = PipelineParallelStrategy(**plan) if plan else "auto"
-    devices = strategy.config.shape.num_devices if plan else 1
-    options = {"max_epochs": 1, "strategy": strategy, "devices": devices, **changes}
-    return module, make_trainer(folder, *callbacks, **options)
+    return module, make_trainer(folder, *callbacks, plan=plan, **{"max_epochs": 1, **changes})
 
 
 def loader(count, batch_size, plan=None, trainer=None):
     """A loader, and with a trainer one that shares the examples in order instead of shuffled."""
-    share = {
-        "num_replicas": 1,
-        "rank": 0,
-        **((trainer and trainer.distributed_sampler_kwargs) or {}),
-    }
-    examples = Sentences(count)
-    sampler = DistributedSampler(examples, shuffle=False, **share) if trainer else None
-    replicas = (plan or {}).get("replication_factor", 1)
-    return DataLoader(examples, batch_size // replicas, sampler=sampler)
+    if trainer:
+        return ordered_loader(Sentences(count), batch_size, trainer, plan)
+    return DataLoader(Sentences(count), batch_size // (plan or {}).get("replication_factor", 1))
 
 
 def _hooks(plan, folder):
     trace = Trace()
-    module, trainer = make(plan, folder, trace, max_steps=3)
+    module, trainer = make_recording(plan, folder, trace, max_steps=3)
     trainer.fit(module, loader(64, 16, plan), loader(8, 4))
     trainer.validate(module, loader(8, 4), verbose=False)
     return trace.calls
@@ -112,7 +103,7 @@ def test_hooks_come_in_lightnings_order(tmp_path):
 
 
 def _steps(plan, folder):
-    module, trainer = make(plan, folder, max_epochs=2)
+    module, trainer = make_recording(plan, folder, max_epochs=2)
     trainer.fit(module, loader(50, 16, plan))  # the last batch of an epoch has two examples
     return module.steps, module.rates, int(module.total), trainer.global_step
 
@@ -127,7 +118,7 @@ def test_steps_and_learning_rates_are_lightnings(plan, tmp_path):
 
 
 def _ragged(plan, folder):
-    module, trainer = make(plan, folder)
+    module, trainer = make_recording(plan, folder)
     trainer.fit(module, loader(37, 8, plan, trainer))
     return module.losses, [p.detach().clone() for p in module.parameters()]
 
@@ -141,7 +132,7 @@ def test_a_ragged_last_batch_is_a_smaller_update(tmp_path):
 
 
 def _evaluate(plan, folder):
-    module, trainer = make(plan, folder)
+    module, trainer = make_recording(plan, folder)
     found = trainer.validate(module, loader(11, 4), verbose=False)[0]["val/loss"]
     validated, module.seen = module.seen, []
     trainer.test(module, loader(11, 4), verbose=False)
@@ -172,7 +163,7 @@ def _interleave(results):
 
 
 def _all_verbs(plan, folder):
-    module, trainer = make(plan, folder)
+    module, trainer = make_recording(plan, folder)
     trainer.fit(module, loader(32, 16, plan), loader(8, 4))
     after_fit = trainer.validate(module, loader(8, 4), verbose=False)[0]["val/loss"]
     with torch.no_grad():
@@ -192,7 +183,7 @@ def test_validate_after_fit_and_fit_twice(tmp_path):
 
 
 def _flag(plan, folder, flag):
-    module, trainer = make(plan, folder, max_epochs=2, **flag)
+    module, trainer = make_recording(plan, folder, max_epochs=2, **flag)
     trainer.fit(module, loader(64, 16, plan, trainer), loader(8, 4))
     return trainer.global_step, [str(p.dtype) for p in module.parameters()][:1], module.losses
 
@@ -229,7 +220,7 @@ class Noise(Recording):
 
 
 def _noise(plan, folder, seed):
-    module, trainer = make(plan, folder, seed=seed, dropout=0.3, max_steps=2)
+    module, trainer = make_recording(plan, folder, seed=seed, dropout=0.3, max_steps=2)
     module.__class__, module.drawn = Noise, []
     trainer.fit(module, loader(32, 16, plan))
     return module.drawn, module.losses, torch.rand(()).item()

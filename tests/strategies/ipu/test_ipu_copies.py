@@ -5,7 +5,6 @@ import poptorch
 import pytest
 import torch
 from ipu_runs import (
-    Losses,
     ipu_trainer,
     loader,
     plain_trainer,
@@ -13,6 +12,7 @@ from ipu_runs import (
 )
 from language_model import LanguageModel, Sentences
 from lightning.pytorch.callbacks import ModelCheckpoint
+from model_helpers import Losses
 from models import GLOBAL_BATCH, make_model
 from torch import nn
 

@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 import poptorch
 import pytest
 import torch
-from ipu_runs import Losses, ipu_trainer, plain_trainer, weights_of, with_adamw
+from ipu_runs import ipu_trainer, plain_trainer, weights_of, with_adamw
+from model_helpers import Losses
 from models import GLOBAL_BATCH
 
 from lightning_ipu_bert.data.loaders import ResumableDataLoader, TrainingSampler

@@ -5,7 +5,6 @@ import csv
 import pytest
 import torch
 from ipu_runs import (
-    Losses,
     ipu_strategy,
     ipu_trainer,
     loader,
@@ -16,6 +15,7 @@ from ipu_runs import (
 from language_model import LanguageModel, Sentences
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from model_helpers import Losses
 from models import GLOBAL_BATCH
 
 
