@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked_script import run_script
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = Path(__file__).with_name("cli_script.py")
 CONFIG = """
 trainer:
   strategy: auto
@@ -26,12 +28,12 @@ trainer:
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args:
         dirpath: checkpoints
-        filename: "{step}"
+        filename: "{{step}}"
         monitor: null
         every_n_train_steps: 1
         save_top_k: -1
 data:
-  cache_dir: ../cache
+  cache_dir: {cache}
 """
 QUESTION = ["--question", "Who was the founder?", "--context", "Nedyn was founded by Rona Vosen."]
 
@@ -44,8 +46,18 @@ def other():
     return os.environ["OTHER_STACK_PYTHON"]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The features of both stacks, which either builds once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 def run(python, folder, *words):
     """Run a verb of this checkout in a folder; return what it printed."""
+    if python == sys.executable:
+        done = run_script(SCRIPT, *map(str, words), folder=folder)
+        assert done.returncode == 0, done.output
+        return done.output
     done = subprocess.run(
         [python, "-m", "lightning_ipu_bert", *map(str, words)],
         cwd=folder,
@@ -57,10 +69,10 @@ def run(python, folder, *words):
     return done.stdout
 
 
-def fit(python, folder, *words):
+def fit(python, folder, cache, *words):
     """Train two short epochs; return the loss of every step, by its number in the log."""
     folder.mkdir()
-    (folder / "short.yaml").write_text(CONFIG)
+    (folder / "short.yaml").write_text(CONFIG.format(cache=cache))
     run(python, folder, "fit", "--config", "quickstart", "--config", "short.yaml", *words)
     (log,) = (folder / "runs").rglob("metrics.csv")
     with log.open() as file:
@@ -70,14 +82,14 @@ def fit(python, folder, *words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("here_first", [True, False], ids=["here to there", "there to here"])
-def test_a_run_goes_on_on_the_other_stack(here_first, other, tmp_path):
+def test_a_run_goes_on_on_the_other_stack(here_first, other, tmp_path, cache):
     first, second = (sys.executable, other) if here_first else (other, sys.executable)
-    whole = fit(first, tmp_path / "whole")
+    whole = fit(first, tmp_path / "whole", cache)
     assert list(whole) == list(range(8))
     saved = tmp_path / "whole" / "checkpoints"
     for done in (3, 4):  # in the middle of an epoch, and at its end
         path = saved / f"step={done}.ckpt"
-        rest = fit(second, tmp_path / f"from{done}", "--ckpt_path", path)
+        rest = fit(second, tmp_path / f"from{done}", cache, "--ckpt_path", path)
         assert rest == pytest.approx({s: x for s, x in whole.items() if s >= done}, rel=1e-4)
 
     last = ["--model", saved / "step=8.ckpt", *QUESTION, "--json"]

@@ -57,15 +57,15 @@ def _qa_record(qa: Any, context: str, location: str) -> Record:
     if isinstance(qa, dict) and ("answers" in qa or qa.get("is_impossible")):
         # Plausible but wrong answers of SQuAD v2.0 are under another key, which is ignored.
         listed = [] if qa.get("is_impossible") else _field(qa, "answers", list, location)
-        answers = [
-            Answer(
-                _field(answer, "text", str, f"{location}.answers[{i}]"),
-                _field(answer, "answer_start", int, f"{location}.answers[{i}]"),
-            )
-            for i, answer in enumerate(listed)
-        ]
+        answers = [_answer(answer, location, i) for i, answer in enumerate(listed)]
     question = _field(qa, "question", str, location)
     return Record(location, _field(qa, "id", str, location), question, context, answers)
+
+
+def _answer(answer: object, location: str, index: int) -> Answer:
+    location = f"{location}.answers[{index}]"
+    text = _field(answer, "text", str, location)
+    return Answer(text, _field(answer, "answer_start", int, location))
 
 
 FORMAT = FileFormat((".json",), records)

@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from lightning_ipu_bert.data.quickstart.corpus import quickstart_corpus, texts
+from lightning_ipu_bert.data.records import collections_paused
 from lightning_ipu_bert.files import built_once
 
 NAME = "quickstart"
@@ -37,6 +38,7 @@ def quickstart_folder(cache_dir: Path) -> Path:
     return built_once(cache_dir / f"{NAME}-{digest}", write_quickstart)
 
 
+@collections_paused()
 def write_quickstart(folder: Path, training_passages: int = NUM_TRAINING_PASSAGES) -> None:
     """Write ``train.json``, ``validation.json`` and ``tokenizer/`` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
