@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # DataLoader workers are forked
 
 from lightning_ipu_bert import BertForQuestionAnsweringModule, SquadDataModule
-from lightning_ipu_bert.data.quickstart.folder import write_quickstart
+from lightning_ipu_bert.data.quickstart.folder import folder_name, write_quickstart
 from lightning_ipu_bert.files import built_once
 
 # What was imported stays: full collections, which tests ask for, need not look at it.
@@ -44,19 +44,20 @@ def quiet(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def quickstart(tmp_path_factory):
-    """The generated corpus: train.json, validation.json and tokenizer/.
+def cache_dir(tmp_path_factory):
+    """A cache that the tests share.
 
-    Its first 1,500 passages: reading all of them takes longer than most runs of the tests.
+    Its quickstart corpus has 1,500 passages: reading all takes longer than most runs of the tests.
     """
-    folder = _shared(tmp_path_factory) / "quickstart"
-    return built_once(folder, lambda path: write_quickstart(path, training_passages=1500))
+    cache = _shared(tmp_path_factory) / "cache"
+    built_once(cache / folder_name(), lambda path: write_quickstart(path, training_passages=1500))
+    return str(cache)
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory):
-    """A cache of features that the tests share."""
-    return str(_shared(tmp_path_factory) / "cache")
+def quickstart(cache_dir):
+    """The generated corpus: train.json, validation.json and tokenizer/."""
+    return Path(cache_dir) / folder_name()
 
 
 def _shared(tmp_path_factory):

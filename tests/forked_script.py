@@ -116,8 +116,8 @@ def _forget_pytest() -> None:
     logging.getLogger("lightning.pytorch").propagate = False  # conftest.py has turned it on
     for logger in loggers:
         for handler in vars(logger).get("handlers", ()):
-            if isinstance(handler, logging.StreamHandler):
-                handler.setStream(sys.stderr)
+            if "stream" in vars(handler):  # not by setStream, which would flush a closed one
+                handler.stream = sys.stderr
 
 
 class Done(NamedTuple):

@@ -6,14 +6,13 @@ rule.
 
 from __future__ import annotations
 
-import gc
-from contextlib import contextmanager
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional
+from typing import Dict, Iterable, List, NamedTuple, Optional
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_ipu_bert.data.questions import Answer, Question, QuestionSet
 from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.files import collections_paused
 
 
 class Rules(NamedTuple):
@@ -37,22 +36,6 @@ class Record(NamedTuple):
     context: str
     answers: Optional[List[Answer]]
     """None if not given; empty if the question is marked unanswerable."""
-
-
-@contextmanager
-def collections_paused() -> Iterator[None]:
-    """Pause garbage collection within the context.
-
-    Parsed files are many objects without cycles; looking for cycles among them takes twice as long
-    as parsing them.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @collections_paused()

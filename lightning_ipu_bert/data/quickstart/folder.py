@@ -13,8 +13,7 @@ from tokenizers import AddedToken
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from lightning_ipu_bert.data.quickstart.corpus import quickstart_corpus, texts
-from lightning_ipu_bert.data.records import collections_paused
-from lightning_ipu_bert.files import built_once
+from lightning_ipu_bert.files import built_once, collections_paused
 
 NAME = "quickstart"
 """Name of the corpus for `--data.dataset_name`."""
@@ -33,9 +32,14 @@ NUM_VOCABULARY_PASSAGES = 600
 
 def quickstart_folder(cache_dir: Path) -> Path:
     """Return the folder of the corpus, which is written on first access."""
+    return built_once(cache_dir / folder_name(), write_quickstart)
+
+
+def folder_name() -> str:
+    """Return the name of the folder in a cache, which differs if the corpus does."""
     sources = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".json"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
-    return built_once(cache_dir / f"{NAME}-{digest}", write_quickstart)
+    return f"{NAME}-{digest}"
 
 
 @collections_paused()

@@ -5,7 +5,6 @@ those of the trace; what would need a tensor's value raises.
 """
 
 from collections import OrderedDict
-from functools import partial
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -106,18 +105,31 @@ _NEED_VALUES = (
 class Operation:
     """An operation of a graph, whose tensors are named by numbers."""
 
-    def __init__(self, function, arguments, value, results, is_half, ipu):
+    def __init__(self, function, arguments, value, results, ipu):
         self.function, self.arguments, self.results, self.ipu = function, arguments, results, ipu
-        self.is_one, self.is_half = isinstance(value, torch.Tensor), is_half
+        self.is_one = isinstance(value, torch.Tensor)
+        self.is_flat = not self.is_one and all(isinstance(x, torch.Tensor) for x in value)
 
     @property
     def inputs(self):
         return {leaf.number for leaf in _leaves(self.arguments) if isinstance(leaf, _Number)}
 
+    @property
+    def gives_half(self):
+        """Whether it is computed in single precision, as CPUs lack kernels, and gives half."""
+        leaves = [leaf for leaf in _leaves(self.arguments) if isinstance(leaf, _Number)]
+        kinds = {leaf.dtype for leaf in leaves if leaf.dtype.is_floating_point}
+        return kinds == {torch.float16}
+
+    @property
+    def changes_half(self):
+        """Whether it changes a half tensor in place."""
+        return _is_in_place(self.function) and self.arguments[0][0].dtype == torch.float16
+
 
 class _Number:
-    def __init__(self, number):
-        self.number = number
+    def __init__(self, number, dtype):
+        self.number, self.dtype = number, dtype
 
 
 class _Recorder(TorchDispatchMode):
@@ -133,7 +145,8 @@ class _Recorder(TorchDispatchMode):
         if id(tensor) not in self.numbers:
             self.kept.append(tensor)  # or another one could have its id
             self.numbers[id(tensor)] = len(self.kept)
-        return _Number(self.numbers[id(tensor)])
+        dtype = tensor.dtype if isinstance(tensor, torch.Tensor) else torch.int64
+        return _Number(self.numbers[id(tensor)], dtype)
 
     def argument(self, leaf):
         if not isinstance(leaf, torch.Tensor):
@@ -146,11 +159,9 @@ class _Recorder(TorchDispatchMode):
         if func in _NEED_VALUES:
             raise Error(f"{func} needs the value of a tensor, which has none while it is traced")
         arguments = _map(self.argument, (args, kwargs or {}))
-        is_half = any(x.dtype == torch.float16 for x in _tensors((args, kwargs)))
-        function = REPLAYED.get(func, func)
-        value = _computed(function, *args, **(kwargs or {}))
-        results = [self.number_of(x).number for x in _tensors(value)]
-        op = Operation(func, arguments, value, results, is_half, _Trace.active.ipu)
+        value = _computed(REPLAYED.get(func, func), *args, **(kwargs or {}))
+        results = [self.number_of(x) for x in _tensors(value)]
+        op = Operation(func, arguments, value, results, _Trace.active.ipu)
         self.operations.append(op)
         return value
 
@@ -163,8 +174,8 @@ class Graph:
             name for name, _ in [*module.named_parameters(), *module.named_buffers()]
         ]
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        inputs = state, args, kwargs = _copies((state, list(args), dict(kwargs)))
-        trace, recorder = _Trace(), _Recorder(_leaves(inputs))
+        state, args, kwargs = _copies((state, list(args), dict(kwargs)))
+        trace, recorder = _Trace(), _Recorder([*state.values(), *_leaves((args, kwargs))])
         _Trace.active = trace
         try:
             with torch.enable_grad(), torch.random.fork_rng(devices=[]), recorder:
@@ -202,9 +213,9 @@ class Graph:
         if not self.losses:
             raise Error("Couldn't find a loss in graph!")
         final = self.losses[-1]
-        needed, reached = set(final.results), set()
+        needed, reached = {result.number for result in final.results}, set()
         for op in reversed(self.operations):
-            if needed.intersection(op.results):
+            if needed.intersection(result.number for result in op.results):
                 needed |= op.inputs
                 reached.add(op)
         if any(loss not in reached for loss in self.losses):
@@ -213,7 +224,7 @@ class Graph:
 
     def play(self, state, args, kwargs):
         """Run the graph; return its outputs and the value of every operation that is a loss."""
-        outputs, losses = self._replay(_leaves((state, list(args), dict(kwargs))))
+        outputs, losses = self._replay([*state.values(), *_leaves((list(args), dict(kwargs)))])
         return outputs, dict(zip(self.losses, losses))
 
 
@@ -221,25 +232,29 @@ def _compiled(graph, inputs, outputs, own_tensors):
     """Return a function of the inputs that runs all operations: code without any look-up."""
     constants = []
 
-    def code_of(value):
+    def code_of(value, half_as=""):
         if isinstance(value, _Number):
-            return f"v{value.number}"
+            return f"v{value.number}{half_as if value.dtype == torch.float16 else ''}"
         if isinstance(value, (list, tuple)):
-            return f"[{', '.join(map(code_of, value))}]"
+            return f"[{', '.join(code_of(item, half_as) for item in value)}]"
         constants.append(value)
         return f"c[{len(constants) - 1}]"
 
     lines = ["def replay(inputs):", f"  {code_of(inputs)} = inputs"]
     lines += [f"  v{number} = {code_of(tensor)}" for number, tensor in own_tensors.items()]
     for op in graph.operations:
-        function = REPLAYED.get(op.function, op.function)
         args, kwargs = op.arguments
-        words = [code_of(partial(_computed, function) if op.is_half else function)]
-        words += [f"*{code_of(args)}", *(f"{key}={code_of(kwargs[key])}" for key in kwargs)]
-        call = f"{words[0]}({', '.join(words[1:])})"
-        names = ", ".join(f"v{number}" for number in op.results)
-        lines.append(f"  {names} = {call}" if op.is_one else f"  [{names}] = tensors({call})")
-    losses = [_Number(op.results[0]) for op in graph.losses]
+        words = [code_of(value, ".float()") for value in args]
+        words += [f"{key}={code_of(value, '.float()')}" for key, value in kwargs.items()]
+        call = f"{code_of(REPLAYED.get(op.function, op.function))}({', '.join(words)})"
+        if op.changes_half:
+            call = f"{code_of(args[0])}.copy_({call})"
+        call = call if op.is_one or op.is_flat else f"tensors({call})"
+        names = code_of(op.results[0] if op.is_one else op.results)
+        lines.append(f"  {names} = {call}")
+        halves = [code_of(r) for r in op.results if op.gives_half and r.dtype == torch.float16]
+        lines += [f"  {name} = {name}.half()" for name in halves]
+    losses = [op.results[0] for op in graph.losses]
     lines.append(f"  return {code_of(outputs)}, {code_of(losses)}")
     names = {"c": constants, "tensors": _tensors}
     exec("\n".join(lines), names)
@@ -277,9 +292,11 @@ def _computed(function, *args, **kwargs):
     single, options = _map(_to_single, (args, kwargs))
     value = function(*single, **options)
     value = _map(_to_half, value) if half else value
-    if function.__name__.split(".")[0].endswith("_"):  # in place
-        return args[0].copy_(value)
-    return value
+    return args[0].copy_(value) if _is_in_place(function) else value
+
+
+def _is_in_place(function):
+    return function.__name__.split(".")[0].endswith("_")
 
 
 def _to_single(x):

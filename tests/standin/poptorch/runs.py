@@ -116,9 +116,11 @@ class Runs:
             sums = {}
             for part in iteration:
                 state = {
-                    n: t.clone().requires_grad_(n in trained and t.is_floating_point())
+                    n: t.detach().requires_grad_(n in trained and t.is_floating_point())
                     for n, t in self._device_state.items()
                 }
+                # A forward may change buffers in place; changes end with the micro-batch.
+                state.update((n, t.clone()) for n, t in state.items() if n not in trained)
                 with torch.enable_grad():
                     found, losses = self._graph.play(state, *part)
                     loss = losses[self._final_loss] * self._numbers["loss_scaling"][0]

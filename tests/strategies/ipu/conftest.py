@@ -9,7 +9,8 @@ import pytest
 @pytest.fixture(autouse=True)
 def ipus(monkeypatch):
     """The pool of IPUs."""
-    gc.collect()  # programs that earlier tests have left
+    if poptorch.device.POOL.held:
+        gc.collect()  # programs that earlier tests have left
     poptorch.device.COUNTS.clear()
     poptorch.device.POOL.held = 0
     monkeypatch.setattr(poptorch.device.POOL, "size", 16)

@@ -73,8 +73,9 @@ def in_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_debug_config_trains_saves_validates_predicts_and_exports(in_folder, capsys, caplog):
-    main(["fit", "--config", "ipu_debug", *TINY])
+def test_the_debug_config_trains_saves_validates_predicts_and_exports(in_folder, cache_dir, caplog):
+    data = ["--data.cache_dir", cache_dir]
+    main(["fit", "--config", "ipu_debug", *data, *TINY])
     assert "Encoder 0" in caplog.text
     assert "Compiled/loaded the training program in" in caplog.text
     assert "Total optimization steps: 3" in caplog.text
@@ -82,7 +83,7 @@ def test_the_debug_config_trains_saves_validates_predicts_and_exports(in_folder,
     checkpoint = "runs/ipu_debug/best.ckpt"
     assert read_values(in_folder / "runs" / "ipu_debug")["layers_per_ipu"] == [1, 1]
 
-    few = ["--config", "ipu_debug", "--ckpt_path", checkpoint]
+    few = ["--config", "ipu_debug", "--ckpt_path", checkpoint, *data]
     quiet = ["--trainer.enable_progress_bar", "false"]
     main(["validate", *few, "--trainer.limit_val_batches", "2", *quiet])
     main(["predict", *few, "--trainer.limit_predict_batches", "2", *quiet])
