@@ -1,4 +1,7 @@
-"""Fixtures of all tests: a small corpus with its tokenizer, and the folders of real data."""
+"""Fixtures of all tests: a small corpus with its tokenizer, and the folders of real data.
+
+They import the package, not this module: a process that only hands out tests needs none of it.
+"""
 
 import gc
 import logging
@@ -7,24 +10,13 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests and their ranks run side by side
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # DataLoader workers are forked
 
-from lightning_ipu_bert import BertForQuestionAnsweringModule, SquadDataModule
-from lightning_ipu_bert.data.quickstart.folder import folder_name, write_quickstart
-from lightning_ipu_bert.files import built_once
-
-# What was imported stays: full collections, which tests ask for, need not look at it.
-gc.freeze()
-
 # Ctrl-C is tested; a shell that starts pytest in the background has it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# Lightning keeps its lines from `caplog` unless pytest had begun to listen when it was imported.
-logging.getLogger("lightning.pytorch").propagate = True
 
 TINY = {
     "vocab_size": 900,
@@ -39,7 +31,11 @@ TINY = {
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch, tmp_path_factory):
     """Small networks are fastest on one thread; the cache of the user stays as it is."""
+    import torch
+
     torch.set_num_threads(1)
+    # Lightning keeps its lines from `caplog` unless pytest was listening when it was imported.
+    logging.getLogger("lightning.pytorch").propagate = True
     monkeypatch.setenv("XDG_CACHE_HOME", str(_shared(tmp_path_factory) / "xdg"))
 
 
@@ -49,6 +45,9 @@ def cache_dir(tmp_path_factory):
 
     Its quickstart corpus has 1,500 passages: reading all takes longer than most runs of the tests.
     """
+    from lightning_ipu_bert.data.quickstart.folder import folder_name, write_quickstart
+    from lightning_ipu_bert.files import built_once
+
     cache = _shared(tmp_path_factory) / "cache"
     built_once(cache / folder_name(), lambda path: write_quickstart(path, training_passages=1500))
     return str(cache)
@@ -57,6 +56,8 @@ def cache_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def quickstart(cache_dir):
     """The generated corpus: train.json, validation.json and tokenizer/."""
+    from lightning_ipu_bert.data.quickstart.folder import folder_name
+
     return Path(cache_dir) / folder_name()
 
 
@@ -69,6 +70,7 @@ def _shared(tmp_path_factory):
 @pytest.fixture
 def make_data(quickstart, cache_dir):
     """Make data modules on the corpus."""
+    from lightning_ipu_bert import SquadDataModule
 
     def make(**changes):
         options = {
@@ -88,6 +90,7 @@ def make_data(quickstart, cache_dir):
 @pytest.fixture
 def make_module(quickstart):
     """Make modules of a tiny BERT with random weights."""
+    from lightning_ipu_bert import BertForQuestionAnsweringModule
 
     def make(dropout=0.1, config_changes=(), **changes):
         config = {**TINY, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -123,4 +126,6 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """Begin with the longest test, beside which all others can run."""
+    # What was imported stays: full collections, which tests ask for, need not look at it.
+    gc.freeze()
     items.sort(key=lambda item: "quickstart_learns" not in item.name)
