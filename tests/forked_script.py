@@ -115,9 +115,11 @@ def _forget_pytest() -> None:
     loggers: List[Any] = list(logging.root.manager.loggerDict.values())
     logging.getLogger("lightning.pytorch").propagate = False  # conftest.py has turned it on
     for logger in loggers:
-        for handler in vars(logger).get("handlers", ()):
-            if "stream" in vars(handler):  # not by setStream, which would flush a closed one
-                handler.stream = sys.stderr
+        for handler in list(vars(logger).get("handlers", ())):
+            if type(handler) is logging.StreamHandler:
+                handler.stream = sys.stderr  # not by setStream, which would flush a closed one
+            elif type(handler).__module__.startswith("_pytest"):
+                logger.removeHandler(handler)
 
 
 class Done(NamedTuple):
