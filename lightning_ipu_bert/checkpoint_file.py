@@ -14,6 +14,8 @@ SCORES_KEY = "scores"
 """Scores evaluated with exactly these weights."""
 ORIGIN_KEY = "trained_from"
 """Name of the pretrained model that training started from."""
+STREAMS_KEY = "random_streams"
+"""Random states of a pipeline on ranks, one entry per replica."""
 IPU_KEY = "ipu"
 """IPU config, number of IPUs, and the random state of the IPUs."""
 

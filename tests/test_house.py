@@ -16,7 +16,7 @@ from lightning_ipu_bert.pipeline.schedules import SCHEDULES
 
 DYNAMIC = {
     "pipeline/facts.py": 1,  # the facts of a strategy, which foreign ones do not have
-    "strategies/batch_trees.py": 1,  # named tuples, by the sign that Python itself goes by
+    "batch_trees.py": 1,  # named tuples, by the sign that Python itself goes by
     "strategies/ipu/loaders.py": 1,  # batch samplers of users
     "strategies/ipu/loader_class.py": 4,  # arguments of custom loader classes
     "strategies/ipu/program/losses.py": 1,  # leaves among autograd's nodes

@@ -12,12 +12,10 @@ Files are relative to https://github.com/Lightning-AI/pytorch-lightning/tree/mas
   wrong after a move of single parameters. No public API in 2.6.
 - `_on_before_batch_transfer` (pytorch/core/module.py): a batch as the loops prepare it. No
   public API in 2.6.
+- `ParallelStrategy._layer_sync` (pytorch/strategies/parallel.py): whether `sync_batchnorm` was
+  passed to the Trainer. No public API in 2.6.
 - `_validate_multiple_optimizers_support` (pytorch/core/optimizer.py): where an error was raised.
   No public API in 2.6.
-- `_update_dataloader` (pytorch/utilities/data.py): a loader of any class with a new sampler.
-  No public API in 2.6.
-- `_IndexBatchSamplerWrapper`, `_batch_sampler` (pytorch/overrides/distributed.py): `predict`
-  wraps batch samplers. No public API in 2.6.
 - `ModelCheckpoint._every_n_train_steps` (pytorch/callbacks/model_checkpoint.py): the interval
   must be divisible by the updates of a call on IPUs. No public API in 2.6.
 - `ThroughputMonitor._throughputs` (pytorch/callbacks/throughput_monitor.py): it counts ranks
@@ -55,14 +53,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ThroughputMonitor
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.optimizer import _validate_multiple_optimizers_support
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers import (
     _MultiProcessingLauncher,
     _SubprocessScriptLauncher,
 )
 from lightning.pytorch.trainer.call import _interrupt
-from lightning.pytorch.utilities.data import _update_dataloader
-from torch.utils.data import DataLoader, Sampler
 from typing_extensions import override
 
 MultiProcessingLauncher = _MultiProcessingLauncher
@@ -119,24 +115,9 @@ def on_device(module: LightningModule, device: torch.device) -> Iterator[None]:
         module._device = before
 
 
-def with_sampler(loader: DataLoader[object], sampler: Sampler[object]) -> DataLoader[object]:
-    """Return a copy of a loader with a new sampler, as created by Lightning."""
-    return _update_dataloader(loader, sampler)
-
-
-def unwrapped_batch_sampler(sampler: object) -> Any:
-    """Return the batch sampler of the user, which Lightning wraps for `predict`."""
-    if isinstance(sampler, _IndexBatchSamplerWrapper):
-        return sampler._batch_sampler
-    return sampler
-
-
-def record_indices(loader: DataLoader[object], like: DataLoader[object]) -> None:
-    """Record the indices of batches for `predict` if the loader `like` does so."""
-    sampler: Any = loader.batch_sampler
-    if isinstance(like.batch_sampler, _IndexBatchSamplerWrapper):
-        wrapper = _IndexBatchSamplerWrapper(sampler)
-        object.__setattr__(loader, "batch_sampler", wrapper)  # torch guards the attribute
+def synchronizes_batch_norm(strategy: object) -> bool:
+    """Return whether `Trainer(sync_batchnorm=True)` was passed."""
+    return isinstance(strategy, ParallelStrategy) and strategy._layer_sync is not None
 
 
 def rejects_several_optimizers(error: RuntimeError) -> bool:

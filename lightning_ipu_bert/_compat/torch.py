@@ -8,6 +8,8 @@ Files are relative to https://github.com/pytorch/pytorch/tree/main.
   registered. No public API in 2.13.
 - `torch._C.DisableTorchFunction` (torch/csrc (docs: "Extending PyTorch")): PopTorch's parameters
   are a subclass of Tensor. Ends with the SDK stack.
+- `stage_backward_input`, `stage_backward_weight` (torch/distributed/pipelining/_backward.py): the
+  split backward of schedules, tried before a run. No public API in 2.13.
 - `_get_default_store` (torch/distributed/distributed_c10d.py): messages that no
   collective can block. No public API in 2.13.
 """
@@ -55,6 +57,29 @@ def has_gradient_hooks(parameter: Tensor) -> bool:
 def without_torch_function() -> Any:
     """Return a context in which subclasses of Tensor, like PopTorch's parameters, act as Tensor."""
     return torch._C.DisableTorchFunction()
+
+
+def backward_in_two_parts(
+    outputs: List[Tensor],
+    gradients: List[Tensor],
+    inputs: List[Tensor],
+    parameters: List[nn.Parameter],
+) -> None:
+    """Compute gradients as split by zero-bubble schedules: of inputs, then of parameters.
+
+    Args:
+        outputs: Outputs of a stage.
+        gradients: Gradients of the outputs.
+        inputs: Inputs of the stage.
+        parameters: Parameters of the stage, whose `grad` is set.
+
+    Raises:
+        RuntimeError: If torch cannot split this backward.
+    """
+    from torch.distributed.pipelining import _backward
+
+    _, groups = _backward.stage_backward_input(outputs, gradients, inputs, iter(parameters))
+    _backward.stage_backward_weight(iter(parameters), groups)
 
 
 def lost_connection(exception: BaseException) -> bool:

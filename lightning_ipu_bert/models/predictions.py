@@ -18,6 +18,7 @@ from lightning_ipu_bert.data.logits import join_logits
 from lightning_ipu_bert.data.squad import SquadDataModule
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.files import written_atomically
+from lightning_ipu_bert.pipeline.facts import facts_of
 from lightning_ipu_bert.training.gather import all_gather_objects
 
 
@@ -57,7 +58,10 @@ class PredictionWriter(BasePredictionWriter):
                 "remove the callback."
             )
         folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
-        parts = [part for rank_parts in all_gather_objects(predictions) for part in rank_parts]
+        group = facts_of(trainer).data_group
+        parts = [
+            part for rank_parts in all_gather_objects(predictions, group) for part in rank_parts
+        ]
         if not trainer.is_global_zero:
             return
         question_set = data.split("predict").question_set

@@ -173,7 +173,8 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         if not isinstance(data, SquadDataModule):
             return  # without a SquadDataModule there are no answers to compare
         # The windows of a question may be on several devices.
-        all_parts = [part for rank_parts in all_gather_objects(parts) for part in rank_parts]
+        group = facts_of(self.trainer).data_group
+        all_parts = [part for rank_parts in all_gather_objects(parts, group) for part in rank_parts]
         scores = {f"{prefix}/{k}": v for k, v in data.scores(split, all_parts).items()}
         self.log_dict(scores, prog_bar=True, sync_dist=True)  # equal on all devices
         if not self.trainer.sanity_checking:

@@ -20,6 +20,9 @@ class StrategyFacts:
     """Compilation time of this run so far."""
     holds_interrupts: bool = False
     """Whether the strategy itself defers Ctrl-C to the end of a step."""
+    data_group: Any = None
+    """Process group among whose ranks examples are divided: one rank of each replica; None for all
+    processes."""
 
 
 def facts_of(trainer: Any) -> StrategyFacts:

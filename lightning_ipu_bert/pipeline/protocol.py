@@ -69,21 +69,46 @@ class PipelineModule:
     def pipeline_loss(self, output: Any, batch: Any) -> Any:
         """Return the loss of a micro-batch, a scalar: the mean over its examples.
 
+        If it is a mean over something else, override `batch_weight`.
+
         Args:
             output: Output of the last block.
             batch: The micro-batch.
         """
         raise NotImplementedError
 
+    def batch_weight(self, batch: Any) -> Any:
+        """Return the weight of the loss of a micro-batch in the loss of the global batch.
+
+        It is what `pipeline_loss` divides by: the number of examples, unless a subclass returns
+        e.g. the number of labels that are not ignored, or the sum of their class weights. A
+        micro-batch of weight 0 has the loss 0, and `pipeline_loss` is not called for it.
+
+        Args:
+            batch: The micro-batch, from which alone the weight is computed.
+
+        Returns:
+            A number, or a tensor with one value; 0 or more.
+        """
+        from lightning_ipu_bert.batch_trees import count_examples
+
+        return count_examples(batch)
+
     def run_loss(self, batch: Any) -> Any:
-        """Return the mean loss of a batch, whose `backward` sets the gradients of every block.
+        """Return the loss of the global batch, whose `backward` sets the gradients of every block.
+
+        The losses of micro-batches, replicas and processes count by their `batch_weight`, so that
+        the loss is the one of a single process with the global batch. In evaluation it is the loss
+        of the batch.
 
         A pipeline strategy runs forward and backward of all stages inside this call. The loss may
         be multiplied by a factor; other functions of it do not reach the gradients.
         """
         if self.pipeline_executor is not None:
             return self.pipeline_executor.loss(batch)
-        return self.pipeline_loss(self.run_output(batch), batch)
+        from lightning_ipu_bert.global_loss import global_loss
+
+        return global_loss(self, self.run_output(batch), batch, has_own_weights(self))
 
     def run_output(self, batch: Any) -> Any:
         """Return the output of the last block; a pipeline strategy runs without gradients."""
@@ -100,6 +125,11 @@ class PipelineModule:
         trainer: Any = self.trainer  # type: ignore[attr-defined]
         updates = trainer.estimated_stepping_batches * facts_of(trainer).updates_per_batch
         return int(updates if trainer.max_steps == -1 else min(updates, trainer.max_steps))
+
+
+def has_own_weights(module: PipelineModule) -> bool:
+    """Return whether a module overrides `batch_weight`."""
+    return type(module).batch_weight is not PipelineModule.batch_weight
 
 
 def module_rules(module: Any) -> Iterator[Violation]:

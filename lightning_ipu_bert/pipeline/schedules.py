@@ -57,6 +57,8 @@ class Schedule:
     max_stages_per_rank: Union[int, float] = 1
     on_ipus: bool = False
     """Whether PopTorch runs it."""
+    splits_backward: bool = False
+    """Whether gradients of inputs and of weights are computed at different times."""
     in_rounds: bool = False
     """Whether micro-batches run in equal rounds of about one per rank."""
     fills_stages: bool = False
@@ -161,6 +163,7 @@ SCHEDULES: Dict[str, Schedule] = {
         takes_stage_list=True,
         max_stages_per_rank=float("inf"),
         in_rounds=True,
+        splits_backward=True,
     ),
 }
 """Schedules by name.

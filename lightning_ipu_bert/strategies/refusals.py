@@ -7,6 +7,7 @@ from typing import Dict, Iterator, List, Mapping, Sequence, Type
 from lightning.pytorch import Callback, Trainer, callbacks
 from lightning.pytorch.plugins.precision import Precision
 
+from lightning_ipu_bert._compat.lightning import synchronizes_batch_norm
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.rules import Violation
 
@@ -63,6 +64,18 @@ def accumulation_rule(trainer: Trainer) -> Iterator[Violation]:
             trainer.accumulate_grad_batches,
             "must be 1 with a pipeline strategy, which accumulates over micro-batches",
             "Set the strategy's gradient_accumulation_steps instead.",
+        )
+
+
+def batch_norm_rule(trainer: Trainer) -> Iterator[Violation]:
+    """BatchNorm must not be synchronized: a stage runs micro-batches at other times elsewhere."""
+    if synchronizes_batch_norm(trainer.strategy):
+        yield Violation(
+            "sync_batchnorm",
+            True,
+            "is not supported in a pipeline: replicas run the micro-batches of a stage at "
+            "different times",
+            "Set it to False; statistics are those of a micro-batch.",
         )
 
 

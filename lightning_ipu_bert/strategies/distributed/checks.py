@@ -64,6 +64,7 @@ def resolve_run(trainer: Trainer, args: Any, config: PipelineConfig) -> Optional
             optimizer_state_offchip=config.optimizer_state_offchip,
         )
     enforce(refusals.accumulation_rule(trainer))
+    enforce(refusals.batch_norm_rule(trainer))
     enforce(refusals.callback_rules(trainer, refusals.ON_RANKS))
     if fitting:
         enforce(config.training_rules())

@@ -36,11 +36,22 @@ def averaged_after(
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Replace every gradient by its mean over the group."""
+    """Replace every gradient by its mean over the group.
+
+    A gradient that is missing on some ranks counts as zero there (experts, heads of tasks); one
+    that is missing on all remains None, so that the optimizer skips the parameter.
+    """
     count = dist.get_world_size(group)
-    if count == 1:
+    held = [parameter for parameter in parameters if not parameter.is_meta]
+    if count == 1 or not held:
         return
-    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+    present = torch.tensor([p.grad is not None for p in held], dtype=torch.uint8)
+    present = present.to(held[0].device)
+    dist.all_reduce(present, dist.ReduceOp.MAX, group)
+    for parameter, elsewhere in zip(held, present.tolist()):
+        if elsewhere and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for bucket in _buckets([p.grad for p in held if p.grad is not None]):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).div_(count)
         dist.all_reduce(flat, group=group)
         parts = torch.split(flat, [gradient.numel() for gradient in bucket])

@@ -1,16 +1,21 @@
-"""Loaders on ranks: divisible batches, and evaluation without repeated examples."""
+"""Loaders on ranks: shares of replicas, divisible batches, no repeated examples in evaluation."""
 
 from __future__ import annotations
 
-from typing import Iterator
+import os
+from functools import partial
+from typing import Any, Iterator, List, Tuple
 
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from lightning_ipu_bert._compat.lightning import with_sampler
+from lightning_ipu_bert._compat.datasets import share_of
+from lightning_ipu_bert._compat.loaders import with_sampler
+from lightning_ipu_bert.batch_trees import count_examples, has_rows, leaves_of
+from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.batches import BatchAlgebra, batch_size_rule
 from lightning_ipu_bert.pipeline.rules import Violation, enforce
-from lightning_ipu_bert.strategies.batch_trees import leaves_of
 
 
 def loader_rules(loaders: object, batches: BatchAlgebra) -> Iterator[Violation]:
@@ -25,7 +30,65 @@ def loader_rules(loaders: object, batches: BatchAlgebra) -> Iterator[Violation]:
             yield from batch_size_rule(loader.batch_size, batches.gradient_accumulation_steps)
 
 
-def loader_of_replica(loader: object, batches: BatchAlgebra, training: bool) -> object:
+def share_rule(loader: DataLoader[Any], replica: int, replicas: int) -> Iterator[Violation]:
+    """Data must be divided among replicas: by global ranks, only a part of it would be read."""
+    for what, rank, number in _shares(loader):
+        if number > 1 and (rank, number) != (replica, replicas):
+            yield Violation(
+                what,
+                (rank, number),
+                f"divides the data among {number} processes, but the ranks of a replica read the "
+                f"same data, and this is replica {replica} of {replicas}",
+                "Use trainer.distributed_sampler_kwargs, which has num_replicas and rank.",
+            )
+
+
+def _shares(loader: DataLoader[Any]) -> Iterator[Tuple[str, int, int]]:
+    """Yield what divides the data of a loader, with its rank and number of processes."""
+    batches = loader.batch_sampler
+    inner = batches.sampler if isinstance(batches, BatchSampler) else None
+    for sampler in {id(s): s for s in (loader.sampler, batches, inner)}.values():
+        if isinstance(sampler, DistributedSampler):
+            yield "DistributedSampler(rank, num_replicas)", sampler.rank, sampler.num_replicas
+    share = share_of(loader.dataset)
+    if share is not None:
+        yield "split_dataset_by_node(rank, world_size)", share[0], share[1]
+
+
+def check_examples(batch: object, loader: object, is_first: bool) -> None:
+    """Check that the first dimension of a batch is its examples, where a loader says how many.
+
+    Args:
+        batch: A batch of the loader.
+        loader: The loader.
+        is_first: Whether it is the first batch, which is no remainder.
+
+    Raises:
+        UserError: If the first dimension is something else, e.g. the time.
+    """
+    sampler = loader.batch_sampler if isinstance(loader, DataLoader) else None
+    if not isinstance(sampler, BatchSampler):
+        return
+    size = sampler.batch_size
+    arrays: List[Any] = [leaf for leaf in leaves_of(batch) if has_rows(leaf)]
+    lengths = [len(rows) for rows in arrays]
+    if not lengths:
+        return
+    examples = count_examples(batch)
+    wrong = [a for a in arrays if a.ndim > 1 and len(a) != examples == a.shape[1] > 1]
+    if examples > size or (examples < size and is_first and size in lengths):
+        wrong = arrays
+    if wrong:
+        raise UserError(
+            f"A batch of a loader with batch_size={size} has a tensor of shape "
+            f"{list(wrong[0].shape)}: the first dimension must be the examples, along which a batch"
+            " is split into micro-batches. Put it first, e.g. by batch_first=True."
+        )
+
+
+def loader_of_replica(
+    loader: object, batches: BatchAlgebra, replica: int, training: bool
+) -> object:
     """Return a loader sharded over replicas, without repeated examples in evaluation.
 
     Lightning's sampler for evaluation repeats examples so that all replicas have the same number,
@@ -34,15 +97,22 @@ def loader_of_replica(loader: object, batches: BatchAlgebra, training: bool) -> 
     Args:
         loader: The loader as created by the Trainer.
         batches: The batch algebra.
+        replica: Index of the replica of this rank.
         training: Whether it is a training loader.
 
     Raises:
-        UserError: If training batches are not divisible into micro-batches.
+        UserError: If training batches are not divisible into micro-batches, or the data is divided
+            among other processes than replicas.
     """
     if training:
         enforce(loader_rules(loader, batches))
-        return loader
     if not isinstance(loader, DataLoader):
+        return loader
+    enforce(share_rule(loader, replica, batches.replication_factor))
+    if int(os.environ.get("PL_SEED_WORKERS", 0)) and loader.worker_init_fn is None:
+        # Lightning would seed workers by the global rank.
+        loader.worker_init_fn = partial(pl_worker_init_function, rank=replica)
+    if training:
         return loader
     sampler = loader.sampler
     if type(sampler) is not DistributedSampler:

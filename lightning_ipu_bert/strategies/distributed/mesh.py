@@ -23,9 +23,9 @@ class Mesh:
     | `replica` | replication_factor | the examples of a global batch | ranks with the same
       stages: weights in `setup`, gradients and updated shards (RTS) per update, metrics (`reduce`,
       `all_gather`) |
-    | `pipeline` | stages / stages_per_rank | the blocks of the model | ranks of one replica: hidden
-      states and their gradients per micro-batch, loss and output per batch, the gradient norm for
-      clipping per update, the state dict per checkpoint |
+    | `pipeline` | stages / stages_per_rank | the blocks of the model | ranks of one replica:
+      batches of loaders, hidden states and their gradients per micro-batch, loss and output per
+      batch, the gradient norm for clipping per update, the state dict per checkpoint |
 
     All ranks: barriers, decisions (early stopping, signals), optimizer state of checkpoints.
     """
@@ -38,6 +38,8 @@ class Mesh:
     """Ranks that hold the same stages, one per replica."""
     pipeline_group: dist.ProcessGroup
     """Ranks of this replica, one per pipeline rank."""
+    data_group: dist.ProcessGroup
+    """The ranks of `pipeline_group`, for batches in host memory."""
 
     def global_rank(self, pipeline_rank: int) -> int:
         """Return the global rank of a pipeline rank of this replica."""
@@ -57,11 +59,17 @@ def create_mesh(device_type: str, replicas: int, ranks_per_replica: int) -> Mesh
     mesh = init_device_mesh(
         device_type, (replicas, ranks_per_replica), mesh_dim_names=("replica", "pipeline")
     )
+    data_groups = [
+        dist.new_group(list(range(first, first + ranks_per_replica)), backend="gloo")
+        for first in range(0, replicas * ranks_per_replica, ranks_per_replica)
+    ]
+    replica = mesh.get_local_rank("replica")
     return Mesh(
-        mesh.get_local_rank("replica"),
+        replica,
         mesh.get_local_rank("pipeline"),
         mesh.get_group("replica"),
         mesh.get_group("pipeline"),
+        data_groups[replica],
     )
 
 

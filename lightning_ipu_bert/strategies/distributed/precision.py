@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import List, Literal, Union
+from typing import Literal, Optional, Union
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
-from torch import Tensor
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ipu_bert.strategies.distributed.mesh import Group
+from lightning_ipu_bert.strategies.distributed.norms import GradientNorms
 from lightning_ipu_bert.strategies.refusals import precision_of
 
 SUPPORTED = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
@@ -20,27 +20,28 @@ SUPPORTED = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
 class GlobalNorm(Precision):
     """Clips gradients by their norm over all stages instead of those of this rank."""
 
-    group: Group = None
-    """The ranks of this replica, over which the norm is computed; None before they are created."""
+    norms: Optional[GradientNorms] = None
+    """Norms over the ranks of this replica; None before a run."""
+
+    @override
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: Union[int, float] = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        """Clip the gradients by their norm or value."""
+        if self.norms is not None:
+            self.norms.note_use()
+        super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
 
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: Union[int, float]) -> None:
         """Clip the gradients to a norm of `clip_val` over all stages."""
-        gradients = [p.grad for p in self.main_params(optimizer) if p.grad is not None]
-        norm = global_norm(gradients, self.group)
-        factor = torch.clamp(clip_val / (norm + 1e-6), max=1.0)  # as in torch's clip_grad_norm_
-        for gradient in gradients:
-            gradient.mul_(factor.to(gradient.device, gradient.dtype))
-
-
-def global_norm(gradients: List[Tensor], group: Group) -> Tensor:
-    """Return the 2-norm of the gradients on all ranks of a group, as float32."""
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-    device = gradients[0].device if gradients else torch.device("cpu")
-    total = torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total, group=group)
-    return total.sqrt()
+        assert self.norms is not None
+        self.norms.clip(
+            [p.grad for p in self.main_params(optimizer) if p.grad is not None], clip_val
+        )
 
 
 class PipelinePrecision(GlobalNorm):
@@ -86,11 +87,9 @@ def for_pipeline(plugin: Precision) -> GlobalNorm:
     )
 
 
-def connect(
-    plugin: GlobalNorm, pipeline_group: dist.ProcessGroup, everyone: dist.ProcessGroup
-) -> None:
-    """Set the ranks over which a plugin computes the norm, and over which it shares overflows."""
-    plugin.group = pipeline_group
+def connect(plugin: GlobalNorm, norms: GradientNorms, everyone: dist.ProcessGroup) -> None:
+    """Set how a plugin computes norms, and the ranks over which it shares overflows."""
+    plugin.norms = norms
     if isinstance(plugin, PipelineMixedPrecision):
         plugin.share_overflow(everyone)
 

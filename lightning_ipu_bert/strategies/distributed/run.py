@@ -15,29 +15,42 @@ from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.strategies.distributed import mesh as collectives
 from lightning_ipu_bert.strategies.distributed import weights
 from lightning_ipu_bert.strategies.distributed.executor import TorchPipelineExecutor
+from lightning_ipu_bert.strategies.distributed.hooks import RunHooks
 from lightning_ipu_bert.strategies.distributed.launch.failure import report
 from lightning_ipu_bert.strategies.distributed.launch.ranks import Ranks
 from lightning_ipu_bert.strategies.distributed.launch.signals import signals_of_ranks
+from lightning_ipu_bert.strategies.distributed.loaders import loader_of_replica
+from lightning_ipu_bert.strategies.distributed.norms import GradientNorms
 from lightning_ipu_bert.strategies.distributed.optimizer_shards import OptimizerShards
 from lightning_ipu_bert.strategies.distributed.optimizer_states import (
     gather_optimizer_state,
     load_optimizer_state,
 )
 from lightning_ipu_bert.strategies.distributed.precision import GlobalNorm, connect, loss_scale
+from lightning_ipu_bert.strategies.distributed.reading import ReplicaReader
 from lightning_ipu_bert.strategies.distributed.stage import Stage
+from lightning_ipu_bert.strategies.distributed.streams import ReplicaStreams
 from lightning_ipu_bert.strategies.distributed.throughput import count_replicas
 
 
 class Run:
     """A fit, validate, test or predict: created in `setup`, dropped in `teardown`."""
 
-    def __init__(self, trainer: Trainer, module: Any, ranks: Ranks, device: torch.device) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: Any,
+        ranks: Ranks,
+        norms: GradientNorms,
+        device: torch.device,
+    ) -> None:
         """Create the run; model and Trainer are not modified yet.
 
         Args:
             trainer: The Trainer.
             module: The complete model.
             ranks: The ranks of the job, with plan and mesh.
+            norms: Gradient norms of the strategy.
             device: Device of this rank.
         """
         assert ranks.mesh is not None
@@ -50,7 +63,13 @@ class Run:
         """Indices of the stages on this rank."""
         self.shards: Dict[int, OptimizerShards] = {}
         """By id of the optimizer."""
+        self.norms = norms
+        self.reader = ReplicaReader(self.mesh, device)
+        self.streams = ReplicaStreams(self.mesh, self.reader, ranks.loaded_streams)
+        ranks.loaded_streams = []
+        self.hooks = RunHooks(self.mesh, self.streams, self.load_all)
         self.signals = signals_of_ranks(ranks.environment, device, ranks.end_at_once)
+        self._has_all = False  # whether the module has the weights of all stages
         self.failed = False
         """Whether collectives are impossible because other ranks may be gone."""
 
@@ -61,7 +80,8 @@ class Run:
         precision.convert_module(self.module)
         weights.move_to(self.module, self.device)
         weights.broadcast_parameters(self.module, self.mesh.replica_group)
-        connect(precision, self.mesh.pipeline_group, collectives.world())
+        self.norms.connect(self.module, self.mesh.pipeline_group)
+        connect(precision, self.norms, collectives.world())
         self.module.pipeline_executor = TorchPipelineExecutor(
             self.module,
             [Stage(self.module, self.plan, index) for index in self.stages],
@@ -73,7 +93,15 @@ class Run:
             loss_scale=lambda: loss_scale(precision, self.device),
         )
         count_replicas(self.trainer, self.plan)
-        self.trainer.callbacks.append(self.signals)  # type: ignore[attr-defined]
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [self.hooks, *callbacks, self.signals]
+        self.hooks.attach(self.module)
+
+    def loader(self, loader: object, training: bool) -> object:
+        """Return a loader of the Trainer as a loader of this replica, read by its first rank."""
+        batches = self.plan.main.batches
+        own = loader_of_replica(loader, batches, self.mesh.replica, training)
+        return self.reader.attach(own, training)
 
     def shard_optimizers(self, optimizers: List[Optimizer]) -> None:
         """Shard the optimizers over replicas and move their state off the device, as planned."""
@@ -109,24 +137,39 @@ class Run:
         for optimizer, state in zip(optimizers, checkpoint["optimizer_states"]):
             load_optimizer_state(optimizer, self.shards.get(id(optimizer)), state)
 
-    def finish(self) -> None:
+    def load_all(self) -> None:
         """Load the full trained weights into the module, on every rank."""
-        self.close()
-        weights.load_full_state(self.module, self._gather(everywhere=True))
+        if not self._has_all:
+            weights.load_full_state(self.module, self._gather(everywhere=True))
+            self._has_all = True
 
-    def close(self) -> None:
+    def finish(self) -> bool:
+        """Detach, and leave the full trained weights in the module, on every rank.
+
+        Returns:
+            Whether the run has succeeded; otherwise other ranks may be gone, and with them weights.
+        """
+        self._detach()
+        if not self.failed:
+            self.load_all()
+        return not self.failed
+
+    def _detach(self) -> None:
         """Detach from module, Trainer and optimizers, without communication."""
         self.module.pipeline_executor = None
         self.signals.release()
-        if self.signals in self.trainer.callbacks:  # type: ignore[attr-defined]
-            self.trainer.callbacks.remove(self.signals)  # type: ignore[attr-defined]
+        self.reader.detach()
+        self.hooks.detach()
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [c for c in callbacks if c not in (self.hooks, self.signals)]
         for shards in self.shards.values():
             shards.detach()
 
     def _gather(self, everywhere: bool) -> Dict[str, Any]:
-        return weights.gather_state(
-            self.module, self.plan, set(self.stages), self.mesh.pipeline_group, everywhere
-        )
+        with self.hooks.expecting_parts():
+            return weights.gather_state(
+                self.module, self.plan, set(self.stages), self.mesh.pipeline_group, everywhere
+            )
 
 
 def report_failure(rank: int, run: Optional[Run], exception: BaseException) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Iterator, List, Sequence, Tuple
+from typing import Any, ContextManager, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
+from lightning_ipu_bert.batch_trees import tensors_of
+from lightning_ipu_bert.global_loss import no_loss
 from lightning_ipu_bert.pipeline.plan import Plan
 from lightning_ipu_bert.pipeline.protocol import PipelineModule
-from lightning_ipu_bert.strategies.batch_trees import map_tree, tensors_of
 
 
 @dataclass
@@ -22,8 +23,8 @@ class ScheduleCall:
     """Inputs and outputs that the stages of a rank share during one call of a schedule."""
 
     micro_batches: Sequence[object]
-    loss_weight: float = 1.0
-    """Weight of the loss of a micro-batch in the loss of the batch, times the loss scale."""
+    loss_weights: Sequence[float] = ()
+    """Weight of the loss of every micro-batch in the gradient of the global batch, in training."""
     outputs: List[object] = field(default_factory=list)
     """Outputs of the last stage in evaluation, appended in the order of micro-batches."""
 
@@ -76,14 +77,16 @@ class Stage(nn.Module):
             hidden: Output of the previous stage; empty for the first stage.
             index: [1], index of the micro-batch.
         """
-        model, batch = self._model[0], self._call.micro_batches[int(index)]
+        model, number = self._model[0], int(index)
+        batch = self._call.micro_batches[number]
         value: object = None if not hidden else hidden[0] if len(hidden) == 1 else hidden
         with recomputed(self._recomputed if torch.is_grad_enabled() else []):
             value = model.stage_forward(self.names, value, batch)
         if not self.is_last:
             return value
         if torch.is_grad_enabled():
-            return model.pipeline_loss(value, batch) * self._call.loss_weight
+            weight = self._call.loss_weights[number]
+            return model.pipeline_loss(value, batch) * weight if weight else no_loss(value)
         self._call.outputs.append(value)
         return torch.zeros((), device=tensors_of(value)[0].device)
 
@@ -94,9 +97,15 @@ def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
 
     Layers are wrapped within a call of `stage_forward`, which prepares masks and tables only once.
     """
+
+    def contexts(layer: nn.Module) -> Tuple[ContextManager[None], BuffersUnchanged]:
+        return nullcontext(), BuffersUnchanged(layer)
+
     own = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, context_fn=partial(contexts, layer)
+        )
     try:
         yield
     finally:
@@ -106,58 +115,27 @@ def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
                 layer.forward = forward
 
 
-@dataclass(frozen=True)
-class TensorShape:
-    """Shape and dtype of a tensor that a rank will receive."""
+class BuffersUnchanged:
+    """Context that runs a layer on copies of its buffers.
 
-    shape: Tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorShape:
-        """Return the shape of a tensor."""
-        return cls(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
-
-    def zeros(self, device: torch.device) -> Tensor:
-        """Return a tensor of zeros."""
-        zeros = torch.zeros(self.shape, dtype=self.dtype, device=device)
-        return zeros.requires_grad_(self.requires_grad)
-
-
-def shapes_of(value: object) -> object:
-    """Replace the tensors of a structure by their shapes."""
-    return map_tree(value, lambda x: TensorShape.of(x) if isinstance(x, Tensor) else x)
-
-
-def zeros_like(shapes: object, device: torch.device) -> object:
-    """Replace the shapes of a structure by tensors of zeros."""
-    return map_tree(shapes, lambda x: x.zeros(device) if isinstance(x, TensorShape) else x)
-
-
-def hidden_shapes(
-    stage: Stage, incoming: Sequence[TensorShape], micro_batch: object, device: torch.device
-) -> List[TensorShape]:
-    """Run a stage once on zeros and return the shapes of its output.
-
-    Random states and training modes are restored.
-
-    Args:
-        stage: The stage.
-        incoming: Shapes of its input.
-        micro_batch: A micro-batch of the shapes in question.
-        device: Device of the stage.
+    The recomputation of BatchNorm must not update its statistics again. Copies, because the graph
+    of the first run may hold the buffers themselves. A split backward enters it twice.
     """
-    modes = {module: module.training for module in stage.modules()}
-    devices = [device] if device.type != "cpu" else []
-    stage.eval()
-    try:
-        with torch.random.fork_rng(devices):
-            zeros = [shape.zeros(device) for shape in incoming]
-            with stage.in_call(ScheduleCall([micro_batch])):
-                hidden = stage(*zeros, index=torch.tensor([0]))
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    hidden = hidden if isinstance(hidden, tuple) else (hidden,)
-    return [TensorShape.of(tensor) for tensor in hidden]
+
+    def __init__(self, layer: nn.Module) -> None:
+        """Create the context for a layer."""
+        self._owners = [part for part in layer.modules() if list(part.buffers(recurse=False))]
+        self._kept: List[Dict[str, Tensor]] = []
+
+    def __enter__(self) -> None:
+        """Replace the buffers by copies."""
+        self._kept = [dict(owner.named_buffers(recurse=False)) for owner in self._owners]
+        for owner, kept in zip(self._owners, self._kept):
+            for name, buffer in kept.items():
+                setattr(owner, name, buffer.clone())
+
+    def __exit__(self, *_: object) -> None:
+        """Restore the buffers."""
+        for owner, kept in zip(self._owners, self._kept):
+            for name, buffer in kept.items():
+                setattr(owner, name, buffer)

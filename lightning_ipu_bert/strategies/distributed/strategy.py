@@ -6,13 +6,12 @@ from typing import Any, Callable, Dict, List, Literal, Mapping, Optional, TypeVa
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import final, override
 
@@ -23,10 +22,11 @@ from lightning_ipu_bert.strategies.distributed import mesh
 from lightning_ipu_bert.strategies.distributed.checks import is_training
 from lightning_ipu_bert.strategies.distributed.gradients import averaged_after
 from lightning_ipu_bert.strategies.distributed.launch.ranks import Launcher, Ranks
-from lightning_ipu_bert.strategies.distributed.loaders import loader_of_replica
 from lightning_ipu_bert.strategies.distributed.mesh import Group
+from lightning_ipu_bert.strategies.distributed.norms import GradientNorms
 from lightning_ipu_bert.strategies.distributed.precision import for_pipeline
 from lightning_ipu_bert.strategies.distributed.run import Run, report_failure
+from lightning_ipu_bert.strategies.distributed.streams import streams_in
 from lightning_ipu_bert.training.termination import InterruptedBetweenSteps
 
 T = TypeVar("T")
@@ -94,14 +94,17 @@ class PipelineParallelStrategy(ParallelStrategy):
         Raises:
             UserError: If a value is invalid.
         """
-        super().__init__(
-            accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin
-        )
         given = plan_fields(locals(), vars(PipelineConfig()))
         config, ignored = pipeline_config(given, ipu_config, pod_type)
         ignored += ["loss_scaling"] if loss_scaling is not None else []
-        self.num_nodes = 1
+        super().__init__(
+            accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin
+        )
         self._ranks = Ranks(config, ignored, process_group_backend, timeout_seconds, start_method)
+        self._norms = GradientNorms()
+        self.grad_norm = self._norms.grad_norm
+        self.clip_grad_norm_ = self._norms.clip_grad_norm_
+        self.num_nodes = 1
         self._run: Optional[Run] = None
 
     @property
@@ -118,13 +121,12 @@ class PipelineParallelStrategy(ParallelStrategy):
     @property
     def facts(self) -> StrategyFacts:
         """The facts that models and data depend on."""
-        steps = self.config.batches.gradient_accumulation_steps
-        return StrategyFacts(micro_batches_per_batch=steps, holds_interrupts=True)
+        return self._ranks.facts
 
     @property
     def is_distributed(self) -> bool:
-        """Return True: otherwise Lightning does not add a distributed sampler to loaders."""
-        return True
+        """Whether Lightning must divide the examples of loaders among replicas."""
+        return self.config.replication_factor > 1
 
     @property
     def num_processes(self) -> int:
@@ -139,9 +141,7 @@ class PipelineParallelStrategy(ParallelStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> Dict[str, object]:
-        # Data is sharded over replicas; the ranks of a replica read the same shard.
-        replica = self.global_rank // self.config.shape.ranks_per_replica
-        return {"num_replicas": self.config.replication_factor, "rank": replica}
+        return self._ranks.share(self.global_rank)
 
     @property
     @override
@@ -175,7 +175,7 @@ class PipelineParallelStrategy(ParallelStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Group = None, sync_grads: bool = False) -> Tensor:
-        return super().all_gather(tensor, group or self._ranks.replica_group, sync_grads)
+        return super().all_gather(tensor, self._ranks.replicas_or(group), sync_grads)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -185,7 +185,7 @@ class PipelineParallelStrategy(ParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
-        self._run = Run(trainer, self.lightning_module, self._ranks, self.root_device)
+        self._run = Run(trainer, self.lightning_module, self._ranks, self._norms, self.root_device)
         self.run.place(self.precision_plugin)
         if trainer.state.fn == TrainerFn.FITTING:
             self.optimizers, self.lr_scheduler_configs = [], []  # those of a previous run
@@ -199,20 +199,22 @@ class PipelineParallelStrategy(ParallelStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        training = is_training(self.lightning_module)
-        return loader_of_replica(dataloader, self.config.batches, training)
+        return self.run.loader(dataloader, is_training(self.lightning_module))
 
     @override
     def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], object],
-        model: Optional[Union[LightningModule, Module]] = None,
-        **kwargs: object,
+        self, optimizer: Optimizer, closure: Callable[[], object], *args: Any, **kwargs: Any
     ) -> object:
         # Inside the closure, so that hooks, clipping and optimizer use the mean over replicas.
         averaged = averaged_after(closure, optimizer, self.run.mesh.replica_group)
-        return super().optimizer_step(optimizer, averaged, model, **kwargs)
+        with self.run.norms.expected_in(self.run.module):
+            return super().optimizer_step(optimizer, averaged, *args, **kwargs)
+
+    @override
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+        checkpoint: Dict[str, Any] = super().load_checkpoint(*args, **kwargs)
+        self._ranks.loaded_streams = streams_in(checkpoint)
+        return checkpoint
 
     @override
     def lightning_module_state_dict(self) -> Dict[str, object]:
@@ -242,9 +244,5 @@ class PipelineParallelStrategy(ParallelStrategy):
     @override
     def teardown(self) -> None:
         run, self._run = self._run, None
-        if run is not None and run.failed:
-            run.close()  # other ranks may be gone, and with them the full weights
-            return
-        if run is not None:
-            run.finish()
-        super().teardown()
+        if run is None or run.finish():
+            super().teardown()

@@ -16,7 +16,7 @@ from lightning_ipu_bert.pipeline.blocks import block_rules, outline_of
 from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 from lightning_ipu_bert.pipeline.ipu.program import ProgramConfig, program_rules
 from lightning_ipu_bert.pipeline.plan import Plan, resolve
-from lightning_ipu_bert.pipeline.protocol import module_rules
+from lightning_ipu_bert.pipeline.protocol import has_own_weights, module_rules
 from lightning_ipu_bert.pipeline.rules import Violation, enforce
 from lightning_ipu_bert.strategies import refusals
 from lightning_ipu_bert.strategies.ipu.hardware import check_hardware, check_poprun
@@ -59,14 +59,14 @@ def resolve_run(trainer: Trainer, module: Any, config: IPUConfig, auto_round: bo
     return plan
 
 
-def check_sdk(config: IPUConfig, plan: Plan, compile_only: bool) -> None:
+def check_sdk(config: IPUConfig, plan: Plan, module: Any, compile_only: bool) -> None:
     """Check that PopTorch and enough IPUs are available.
 
     Raises:
         UserError: If they are not.
     """
     import_poptorch(f"--trainer.devices {config.training.shape.num_devices}")
-    check_poprun(config)
+    check_poprun(config, has_own_weights(module))
     if not compile_only:
         check_hardware(max(p.shape.num_devices for p in (plan.training, plan.inference) if p))
 

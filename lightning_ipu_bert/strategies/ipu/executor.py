@@ -9,11 +9,13 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_ipu_bert.batch_trees import count_examples, join_outputs
 from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.global_loss import loss_of
 from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 from lightning_ipu_bert.pipeline.ipu.program import ProgramConfig
 from lightning_ipu_bert.pipeline.plan import Plan
-from lightning_ipu_bert.strategies.batch_trees import count_examples, join_outputs
+from lightning_ipu_bert.pipeline.protocol import has_own_weights
 from lightning_ipu_bert.strategies.bridge import bridged_to
 from lightning_ipu_bert.strategies.ipu.program.annotations import annotated
 from lightning_ipu_bert.strategies.ipu.program.compiled import (
@@ -23,6 +25,7 @@ from lightning_ipu_bert.strategies.ipu.program.compiled import (
     normal,
     padded,
 )
+from lightning_ipu_bert.strategies.ipu.program.loss_weights import LossWeights
 from lightning_ipu_bert.strategies.ipu.program.losses import mean_loss, refuse_factor
 from lightning_ipu_bert.strategies.ipu.program.network import (
     BatchLayout,
@@ -74,12 +77,12 @@ class IPUExecutor:
         self._make_options = make_options
         self._batch_sizes = batch_sizes
         self._offline = offline
+        self._loss_weights = LossWeights(module, config.training.shape.batches)
 
     def loss(self, batch: Any) -> Tensor:
         """Return the mean loss of a batch; if gradients are enabled, update the weights."""
         if not torch.is_grad_enabled():
-            loss: Tensor = self.module.pipeline_loss(self.output(batch), batch)
-            return loss
+            return loss_of(self.module, self.output(batch), batch, has_own_weights(self.module))
         tensors = batch_tensors(batch)
         if self.ran_in_step:
             raise UserError(
@@ -98,7 +101,7 @@ class IPUExecutor:
         self.programs.use_training(program)
         assert self.optimizer is not None
         self.optimizer.refresh(program.poplar)  # after attaching, so that it is sent immediately
-        result = program.poplar(*tensors)
+        result = program.poplar(*self._inputs(batch, tensors))
         self.programs.versions.trained()
         self.ran_in_step = True
         return bridged_to(mean_loss(result, self.config), refuse_factor)
@@ -141,12 +144,13 @@ class IPUExecutor:
         assert self.optimizer is not None
         layout = BatchLayout.of(batch)
         poplar = import_poptorch().trainingModel(
-            TrainingNetwork(self.module, layout),
+            TrainingNetwork(self.module, layout, has_own_weights(self.module)),
             options=self._make_options(True),
             optimizer=self.optimizer.poptorch,
         )
         program = CompiledProgram(self.config.training, poplar, count_examples(batch), layout)
-        return self._compiled(program, batch_tensors(batch))
+        tensors = batch_tensors(batch)
+        return self._compiled(program, tensors, self._inputs(batch, tensors))
 
     def _make_inference(self, batch: object) -> CompiledProgram:
         layout, config = BatchLayout.of(batch), self.config.inference
@@ -155,14 +159,23 @@ class IPUExecutor:
         calls = config.shape.batches.micro_batches_per_call
         size = self._batch_sizes(False) or -(-count_examples(batch) // calls) * calls
         program = CompiledProgram(config, poplar, size, layout)
-        return self._compiled(program, padded(normal(batch_tensors(batch)), 0, size))
+        tensors = padded(normal(batch_tensors(batch)), 0, size)
+        return self._compiled(program, tensors, tensors)
 
-    def _compiled(self, program: CompiledProgram, tensors: Sequence[Tensor]) -> CompiledProgram:
+    def _inputs(self, batch: object, tensors: List[Tensor]) -> List[Tensor]:
+        """Return the inputs of the training program for a batch."""
+        if not has_own_weights(self.module):
+            return tensors
+        return self._loss_weights.inputs(batch, tensors)
+
+    def _compiled(
+        self, program: CompiledProgram, tensors: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> CompiledProgram:
         config: ProgramConfig = program.config
         program.shapes = examples_of(tensors)
         begin = time.perf_counter()
         with annotated(self.module, self.plan, config):
-            program.poplar.compile(*tensors)
+            program.poplar.compile(*inputs)
         seconds = time.perf_counter() - begin
         self.compile_seconds += seconds
         kind = "training" if config.training else "inference"

@@ -45,8 +45,12 @@ def check_hardware(ipus: int) -> None:
         )
 
 
-def check_poprun(config: IPUConfig) -> None:
+def check_poprun(config: IPUConfig, weighted: bool) -> None:
     """Check the replicas per process of poprun, and that processes start with the same weights.
+
+    Args:
+        config: The configuration.
+        weighted: Whether the module weights its losses.
 
     Raises:
         UserError: If they do not.
@@ -65,4 +69,9 @@ def check_poprun(config: IPUConfig) -> None:
         raise UserError(
             f"poprun has started {popdist.getNumInstances()} processes, which without a seed start "
             "with different weights. Set seed_everything."
+        )
+    if popdist.getNumInstances() > 1 and weighted:
+        raise UserError(
+            f"poprun has started {popdist.getNumInstances()} processes, which cannot weight losses "
+            "by batch_weight: none knows the total of all. Use --num-instances 1."
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from typing_extensions import override
 
-from lightning_ipu_bert.strategies.batch_trees import map_tree
+from lightning_ipu_bert.batch_trees import map_tree
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
 KEPT = (

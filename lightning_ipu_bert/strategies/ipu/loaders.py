@@ -7,7 +7,7 @@ from typing import Any, Dict, Literal, Optional
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from lightning_ipu_bert._compat.lightning import record_indices, unwrapped_batch_sampler
+from lightning_ipu_bert._compat.loaders import record_indices, unwrapped_batch_sampler
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.batches import micro_batch_size_of
 from lightning_ipu_bert.pipeline.ipu.program import ProgramConfig, enough_data_rule

@@ -84,7 +84,7 @@ class Run:
         self._poptorch_options: Dict[bool, Any] = {}
         self._batch_sizes: Dict[bool, int] = {}
         self._cleanup = ExitStack()
-        check_sdk(config, self.plan, options.compile_only)
+        check_sdk(config, self.plan, module, options.compile_only)
         for line in plan_lines(config, self.plan, overridden):
             rank_zero_info(line)
 

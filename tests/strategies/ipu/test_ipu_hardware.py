@@ -126,6 +126,14 @@ def test_poprun_and_the_plan_must_agree(plan, seed, message, popdist, monkeypatc
         ipu_trainer(tmp_path, strategy=ipu_strategy(**plan)).fit(module, loader(examples))
 
 
+def test_losses_cannot_be_weighted_over_processes(popdist, monkeypatch, tmp_path):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    module, examples = with_adamw("bert")
+    module.__class__ = type("Weighted", (type(module),), {"batch_weight": lambda *_: 1.0})
+    with pytest.raises(UserError, match="2 processes, which cannot weight losses by batch_weight"):
+        ipu_trainer(tmp_path).fit(module, loader(examples))
+
+
 def test_a_sampler_of_the_users_own_stays(tmp_path):
     class Counts(LanguageModel):
         def predict_step(self, batch, batch_idx):

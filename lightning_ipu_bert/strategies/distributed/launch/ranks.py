@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Callable, List, Optional, Union
+from typing import Callable, Dict, List, Optional, Union
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_ipu_bert._compat.lightning import default_backend, init_process_group
 from lightning_ipu_bert.pipeline.config import PipelineConfig
+from lightning_ipu_bert.pipeline.facts import StrategyFacts
 from lightning_ipu_bert.pipeline.plan import Plan
 from lightning_ipu_bert.pipeline.rules import enforce
 from lightning_ipu_bert.strategies.distributed.checks import resolve_run
 from lightning_ipu_bert.strategies.distributed.launch.launcher import ScriptLauncher
 from lightning_ipu_bert.strategies.distributed.launch.notebook import NotebookLauncher
-from lightning_ipu_bert.strategies.distributed.mesh import Group, Mesh, create_mesh
+from lightning_ipu_bert.strategies.distributed.mesh import Group, Mesh, broadcast, create_mesh
+from lightning_ipu_bert.training.random_streams import RandomStreams
 
 Launcher = Union[ScriptLauncher, NotebookLauncher]
 
@@ -48,6 +50,8 @@ class Ranks:
         self.environment: Optional[ClusterEnvironment] = None
         """The cluster environment; None before `join`."""
         self.mesh: Optional[Mesh] = None
+        self.loaded_streams: List[RandomStreams] = []
+        """Random states of the replicas in the checkpoint from which the next run resumes."""
         self._plan: Optional[Plan] = None  # of the next run
         self._ignored = ignored
         self._backend = backend
@@ -65,6 +69,24 @@ class Ranks:
     def replica_group(self) -> Group:
         """The ranks that hold the same stages, one per replica; None before `join`."""
         return None if self.mesh is None else self.mesh.replica_group
+
+    def replicas_or(self, group: Group) -> Group:
+        """Return a group of the user, or `replica_group`: `self.all_gather` passes all ranks."""
+        return self.replica_group if group in (None, dist.group.WORLD) else group
+
+    @property
+    def facts(self) -> StrategyFacts:
+        """The facts that models and data depend on."""
+        return StrategyFacts(
+            micro_batches_per_batch=self.config.batches.gradient_accumulation_steps,
+            holds_interrupts=True,
+            data_group=self.replica_group,
+        )
+
+    def share(self, rank: int) -> Dict[str, object]:
+        """Return the share of the data of a rank, the same for all ranks of its replica."""
+        replica = rank // self.config.shape.ranks_per_replica
+        return {"num_replicas": self.config.replication_factor, "rank": replica}
 
     def launcher(
         self, strategy: ParallelStrategy, num_nodes: int, fail: Callable[[BaseException], None]
@@ -104,9 +126,9 @@ class Ranks:
         """Initialize process group and mesh, once per job."""
         assert environment is not None
         self.environment = environment
-        reset_seed()
         backend = self._backend or default_backend(device)
         init_process_group(environment, backend, self._timeout)
+        broadcast(RandomStreams.current()).restore()  # one random state until training starts
         if self.mesh is None:
             shape = self.config.shape
             self.mesh = create_mesh(

@@ -12,11 +12,11 @@ from typing import Iterator, List, Optional, Sequence
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from lightning_ipu_bert.batch_trees import map_tree
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.ipu.program import ProgramConfig, serialization_rule
 from lightning_ipu_bert.pipeline.plan import Plan
 from lightning_ipu_bert.pipeline.rules import enforce
-from lightning_ipu_bert.strategies.batch_trees import map_tree
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
 

@@ -7,9 +7,9 @@ from typing import Any, List, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from lightning_ipu_bert.batch_trees import map_tree
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.ipu.program import ProgramConfig
-from lightning_ipu_bert.strategies.batch_trees import map_tree
 from lightning_ipu_bert.strategies.ipu.program.network import BatchLayout
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_ipu_bert._compat.lightning import on_device
+from lightning_ipu_bert.batch_trees import count_examples, map_tree, tensors_of
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.protocol import PipelineModule
-from lightning_ipu_bert.strategies.batch_trees import count_examples, map_tree, tensors_of
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
 
@@ -118,15 +118,30 @@ class TracedNetwork(nn.Module):
 
 
 class TrainingNetwork(TracedNetwork):
-    """Tensors of a micro-batch in, its loss out."""
+    """Tensors of a micro-batch in, and the factor of its loss if it has one; its loss out."""
+
+    def __init__(self, module: PipelineModule, layout: BatchLayout, weighted: bool) -> None:
+        """Create the module.
+
+        Args:
+            module: The LightningModule.
+            layout: Layout of the batches.
+            weighted: Whether the last input is the factor of the loss, of shape [1].
+        """
+        super().__init__(module, layout)
+        self._weighted = weighted
 
     @override
     def forward(self, *tensors: Tensor) -> Tensor:
         """Return the loss, from which PopTorch goes backward."""
         module, poptorch = self._host[0], import_poptorch()
+        inputs = tensors[:-1] if self._weighted else tensors
         with self._buffers_lent():
-            output, batch = self._run(tensors)
-            loss: Tensor = poptorch.identity_loss(module.pipeline_loss(output, batch), "none")
+            output, batch = self._run(inputs)
+            loss: Tensor = module.pipeline_loss(output, batch)
+            if self._weighted:
+                loss = loss * tensors[-1].reshape(()).to(loss.dtype)
+            loss = poptorch.identity_loss(loss, "none")
         return loss.float()  # a sum of many losses would be coarse in float16
 
 

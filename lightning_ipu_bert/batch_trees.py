@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, Callable, Hashable, List, Mapping, MutableMapping, Optional, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,15 +71,20 @@ def tensors_of(value: object) -> List[Tensor]:
     return [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
 
 
+def has_rows(value: object) -> bool:
+    """Return whether a value is a tensor or array with a first dimension."""
+    return isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0
+
+
 def count_examples(batch: object) -> int:
-    """Return the first dimension of the first tensor in a batch.
+    """Return the first dimension of the first tensor in a batch; of an array if there is none.
 
     Raises:
-        UserError: If there is no tensor with a dimension.
+        UserError: If there is no tensor or array with a dimension.
     """
-    for tensor in tensors_of(batch):
-        if tensor.dim():
-            return len(tensor)
+    arrays: List[Any] = [leaf for leaf in leaves_of(batch) if has_rows(leaf)]
+    for rows in [*(x for x in arrays if isinstance(x, Tensor)), *arrays]:
+        return len(rows)
     raise UserError(
         f"A batch of type {type(batch).__name__} has no tensor, so its examples cannot be counted "
         "and split into micro-batches. The loader must return tensors or structures of tensors."
@@ -86,29 +92,31 @@ def count_examples(batch: object) -> int:
 
 
 def split_batch(batch: object, examples: int, size: int) -> List[object]:
-    """Split a batch into micro-batches of `size` examples.
+    """Split a batch into micro-batches of `size` examples; a smaller remainder is left out.
 
-    Tensors with `examples` rows and lists of `examples` values are split; everything else is in
-    every micro-batch.
+    Tensors and arrays with `examples` rows are split, and lists and tuples with an entry for every
+    example. Everything else is in every micro-batch.
     """
 
-    def is_list_of_values(value: object) -> bool:
-        return (
-            isinstance(value, list)
-            and len(value) == examples
-            and not any(isinstance(item, Tensor) for item in value)
-        )
+    def has_entries(value: object) -> bool:
+        """Return whether a list or tuple has an entry for every example, and is no structure."""
+        if not isinstance(value, (list, tuple)) or len(value) != examples:
+            return False
+        if all(isinstance(entry, Mapping) for entry in value):
+            return True
+        leaves: List[Any] = leaves_of(value)
+        return not any(has_rows(leaf) and len(leaf) == examples for leaf in leaves)
 
     def part(first: int) -> object:
         rows = slice(first, first + size)
 
         def cut(value: Any) -> Any:
-            is_rows = isinstance(value, Tensor) and value.dim() and len(value) == examples
-            return value[rows] if is_rows or is_list_of_values(value) else value
+            is_rows = has_rows(value) and len(value) == examples
+            return value[rows] if is_rows or has_entries(value) else value
 
-        return map_tree(batch, cut, is_list_of_values)
+        return map_tree(batch, cut, has_entries)
 
-    return [part(first) for first in range(0, examples, size)]
+    return [part(first) for first in range(0, examples - size + 1, size)]
 
 
 def shape_key(batch: Any) -> Hashable:

@@ -1,0 +1,234 @@
+"""Reading on one rank of each replica; the other stages receive its batches.
+
+A loader's dataset, sampler, workers and collate function run on the first rank of a replica only.
+The states of its random generators travel with the batches, so that a step that draws numbers
+(mixup) draws the same ones on all ranks of the replica, as in a single process.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_ipu_bert._compat.loaders import indices_drawn, iterated_by_a_loop
+from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.strategies.distributed import messages
+from lightning_ipu_bert.strategies.distributed.loaders import check_examples
+from lightning_ipu_bert.strategies.distributed.mesh import Mesh
+from lightning_ipu_bert.training.random_streams import RandomStreams, seed_streams
+
+
+class Message(NamedTuple):
+    """What the reading rank of a replica sends to the others."""
+
+    streams: RandomStreams
+    """Random states after reading."""
+    batch: object = None
+    indices: Sequence[object] = ()
+    """Indices of the batches drawn since the previous message, in `predict`."""
+    is_end: bool = False
+
+
+class ReplicaReader:
+    """Lets the loops of a Trainer iterate over loaders on one rank of each replica."""
+
+    def __init__(self, mesh: Mesh, device: torch.device) -> None:
+        """Create the reader of a run.
+
+        Args:
+            mesh: Mesh coordinates and groups of this rank.
+            device: Device of the collectives of replicas.
+        """
+        self.mesh = mesh
+        self.device = device
+        self.reads = mesh.pipeline_rank == 0
+        """Whether this rank reads."""
+        self.before_next: Optional[RandomStreams] = None
+        """States to restore before the next training batch is read: a run resumes in an epoch."""
+        self._order_seed: Optional[int] = None
+        self._attached: List[Tuple[Any, type]] = []
+
+    def attach(self, loader: Any, training: bool) -> Any:
+        """Return the loader, which is read by one rank of each replica.
+
+        Its class is replaced by a derived one until `detach`, so that the object, and all that
+        callbacks know of it, remains the one of the user.
+
+        Args:
+            loader: Any iterable over batches.
+            training: Whether replicas must have the same number of batches.
+        """
+        length = self._length(loader, training)
+        if training and self.num_replicas > 1 and isinstance(loader, DataLoader):
+            self._order_alike(loader.sampler)
+        try:
+            self._derive(loader, length, training)
+        except TypeError:  # of built-in types: a list of batches, a generator
+            loader = _Iterable(loader)
+            self._derive(loader, length, training)
+        return loader
+
+    def detach(self) -> None:
+        """Restore the classes of all loaders."""
+        while self._attached:
+            loader, kind = self._attached.pop()
+            loader.__class__ = kind
+
+    @property
+    def num_replicas(self) -> int:
+        """Number of replicas."""
+        return dist.get_world_size(self.mesh.replica_group)
+
+    def _order_alike(self, sampler: object) -> None:
+        """Let a sampler that draws from the global generators draw the same on all replicas.
+
+        Lightning divides the indices that every replica draws: in different orders, examples would
+        be read twice or never.
+        """
+        if type(sampler) is not DistributedSamplerWrapper:
+            return
+
+        def __iter__(own: DistributedSamplerWrapper) -> Iterator[object]:  # noqa: N807
+            with self._drawing_alike():
+                return DistributedSamplerWrapper.__iter__(own)
+
+        kind = type(sampler)
+        sampler.__class__ = type(kind.__name__, (kind,), {"__iter__": __iter__})
+        self._attached.append((sampler, kind))
+
+    @contextmanager
+    def _drawing_alike(self) -> Iterator[None]:
+        """Draw the same numbers on all replicas within the context, once an epoch has begun."""
+        own = RandomStreams.current()
+        if self._order_seed is not None:
+            seed_streams(self._order_seed)
+        try:
+            yield
+        finally:
+            own.restore()
+
+    def _derive(self, loader: Any, length: Optional[int], training: bool) -> None:
+        kind = type(loader)
+
+        def __iter__(own: Any) -> Iterator[Any]:  # noqa: N807
+            read: Callable[[], Iterator[Any]] = partial(kind.__iter__, own)
+            return self._begin(own, read, training) if iterated_by_a_loop() else read()
+
+        def __len__(own: Any) -> int:  # noqa: N807
+            if length is None:
+                raise TypeError(f"object of type {kind.__name__!r} has no len()")
+            return length
+
+        loader.__class__ = type(kind.__name__, (kind,), {"__iter__": __iter__, "__len__": __len__})
+        self._attached.append((loader, kind))
+
+    def _length(self, loader: Any, training: bool) -> Optional[int]:
+        """Return the number of batches on the reading rank; in training, the least of replicas."""
+        length = torch.tensor(-1)
+        if self.reads:
+            with suppress(TypeError, NotImplementedError):  # an iterable of unknown length
+                length = torch.tensor(len(loader))
+            if training:
+                length = self._least_of_replicas(length)
+        dist.broadcast(length, dist.get_global_rank(self.mesh.data_group, 0), self.mesh.data_group)
+        return int(length) if length >= 0 else None
+
+    def _least_of_replicas(self, length: Tensor) -> Tensor:
+        both = torch.stack([length, -length]).to(self.device)
+        dist.all_reduce(both, dist.ReduceOp.MIN, self.mesh.replica_group)
+        least, most = int(both[0]), -int(both[1])
+        if least != most and least >= 0:
+            rank_zero_warn(
+                f"Replicas have between {least} and {most} training batches per epoch: the first "
+                f"{least} of each are used. Divide the data equally, e.g. by "
+                "trainer.distributed_sampler_kwargs."
+            )
+        return torch.tensor(least)
+
+    def _begin(
+        self, loader: object, read: Callable[[], Iterator[Any]], training: bool
+    ) -> Iterator[object]:
+        """Create the iterator of an epoch, on all ranks together."""
+        if not self.reads:
+            messages.receive(self.mesh.data_group).streams.restore()
+            return self._receive(indices_drawn(loader, iterated=False))
+        if training and self.num_replicas > 1:
+            seed = torch.tensor(RandomStreams.current().seed("order"), device=self.device)
+            dist.broadcast(
+                seed, dist.get_global_rank(self.mesh.replica_group, 0), self.mesh.replica_group
+            )
+            self._order_seed = int(seed)
+        iterator = read()
+        self._send(Message(RandomStreams.current()))
+        return self._read(loader, iterator, training)
+
+    def _read(self, loader: object, iterator: Iterator[Any], training: bool) -> Iterator[object]:
+        if training and self.before_next is not None:
+            self.before_next.restore()
+            self.before_next = None
+        drawn, sent = indices_drawn(loader, iterated=True), 0
+        for number, batch in enumerate(iterator):
+            if training and not self._all_have_one(True):
+                rank_zero_warn(
+                    "Replicas have different numbers of training batches: the epoch ends with "
+                    "the first of them. Divide the data equally, e.g. by "
+                    "trainer.distributed_sampler_kwargs."
+                )
+                break
+            check_examples(batch, loader, is_first=number == 0)
+            self._send(Message(RandomStreams.current(), batch, drawn[sent:]))
+            sent = len(drawn)
+            yield batch
+        else:
+            if training:
+                self._all_have_one(False)
+        self._send(Message(RandomStreams.current(), is_end=True))
+
+    def _receive(self, drawn: List[object]) -> Iterator[object]:
+        while True:
+            message: Message = messages.receive(self.mesh.data_group)
+            message.streams.restore()
+            if message.is_end:
+                return
+            drawn += message.indices
+            yield message.batch
+
+    def _all_have_one(self, has_one: bool) -> bool:
+        """Return whether all replicas have another batch."""
+        vote = torch.tensor(int(has_one), device=self.device)
+        dist.all_reduce(vote, dist.ReduceOp.MIN, self.mesh.replica_group)
+        return bool(vote)
+
+    def _send(self, message: Message) -> None:
+        if dist.get_world_size(self.mesh.data_group) == 1:
+            return
+        try:
+            packed = messages.pack(message)
+        except Exception as error:
+            raise UserError(
+                f"A batch of type {type(message.batch).__name__} cannot be sent to the other "
+                f"stages, because it cannot be pickled: {error} Return tensors and plain values "
+                "from the dataset and the collate function."
+            ) from error
+        messages.send(packed, self.mesh.data_group)
+
+
+class _Iterable:
+    """Any iterable, with a class that can be derived from."""
+
+    def __init__(self, iterable: Any) -> None:
+        self.iterable = iterable
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.iterable)
+
+    def __len__(self) -> int:
+        return len(self.iterable)

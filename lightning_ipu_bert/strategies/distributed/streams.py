@@ -1,0 +1,59 @@
+"""Random states of replicas: they differ from the first training batch on, and are resumed."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+
+from lightning_ipu_bert.checkpoint_file import STREAMS_KEY
+from lightning_ipu_bert.strategies.distributed.mesh import Mesh
+from lightning_ipu_bert.strategies.distributed.reading import ReplicaReader
+from lightning_ipu_bert.training.random_streams import RandomStreams, seed_streams
+
+
+class ReplicaStreams:
+    """Random states of the replicas of a run.
+
+    Until training starts, all ranks have one random state: splits, shuffles and initial weights are
+    the same. Then steps and loaders of different replicas draw different numbers.
+    """
+
+    def __init__(self, mesh: Mesh, reader: ReplicaReader, loaded: List[RandomStreams]) -> None:
+        """Create the states of a run.
+
+        Args:
+            mesh: Mesh coordinates and groups of this rank.
+            reader: Reads the loaders of this replica.
+            loaded: States of the replicas in the checkpoint from which the run resumes, or [].
+        """
+        self.mesh = mesh
+        self.reader = reader
+        self.loaded = loaded
+
+    def begin(self, trainer: Trainer) -> None:
+        """Continue the states of a checkpoint, or let those of replicas differ."""
+        states, self.loaded = self.loaded, []
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        if len(states) != self.reader.num_replicas:
+            if self.mesh.replica:
+                seed_streams(RandomStreams.current().seed(f"replica {self.mesh.replica}"))
+        elif progress.current.ready and not progress.is_last_batch:
+            self.reader.before_next = states[self.mesh.replica]  # resumes in the middle of an epoch
+        else:
+            states[self.mesh.replica].restore()
+
+    def save(self, checkpoint: Dict[str, Any]) -> None:
+        """Add the states of all replicas, on the first ranks of the replicas."""
+        if self.mesh.pipeline_rank:
+            return
+        parts: List[Dict[str, Any]] = [{}] * self.reader.num_replicas
+        own = RandomStreams.current()._asdict()
+        dist.all_gather_object(parts, own, group=self.mesh.replica_group)
+        checkpoint[STREAMS_KEY] = parts
+
+
+def streams_in(checkpoint: Dict[str, Any]) -> List[RandomStreams]:
+    """Return the states in a checkpoint; [] if it was not saved by replicas."""
+    return [RandomStreams.of(state) for state in checkpoint.get(STREAMS_KEY, [])]
