@@ -110,7 +110,7 @@ def split_batch(batch: object, examples: int, size: int) -> List[object]:
     def part(first: int) -> object:
         rows = slice(first, first + size)
 
-        def cut(value: Any) -> Any:
+        def cut(value: Any) -> object:
             is_rows = has_rows(value) and len(value) == examples
             return value[rows] if is_rows or has_entries(value) else value
 
@@ -119,7 +119,7 @@ def split_batch(batch: object, examples: int, size: int) -> List[object]:
     return [part(first) for first in range(0, examples - size + 1, size)]
 
 
-def shape_key(batch: Any) -> Hashable:
+def shape_key(batch: object) -> Hashable:
     """Return a key that is equal for batches whose stages exchange tensors of the same shapes."""
     return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(batch))
 

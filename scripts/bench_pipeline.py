@@ -2,6 +2,7 @@
 
     python scripts/bench_pipeline.py throughput   two ranks / one process with two threads
     python scripts/bench_pipeline.py time         what two ranks do with the time of an update
+    python scripts/bench_pipeline.py reading      passing batches to the other stage / an update
     python scripts/bench_pipeline.py overhead     the strategy / a bare loop over torch's schedule
     python scripts/bench_pipeline.py one_stage    the strategy with one stage / plain Lightning
     python scripts/bench_pipeline.py idle         idle share of ranks / the predicted bubble
@@ -29,6 +30,7 @@ from pipeline_probes import (
     predicted_stash,
     state_bytes,
     transfer_seconds,
+    watch_reading,
     watch_updates,
 )
 from pipeline_sides import (
@@ -132,6 +134,18 @@ def time_of_ranks(options: argparse.Namespace) -> None:
         shares = [part[name] for part in parts]
         print(f"  {name:<50}{percent(shares):>24}")
     print(f"a hidden state takes {1000 * transfer:.2f} ms from one idle rank to the other")
+
+
+def reading(options: argparse.Namespace) -> None:
+    """Print the share of an update in which batches are passed on and compared."""
+    plan = {"layers_per_stage": options.layers, "gradient_accumulation_steps": MICRO_BATCHES}
+    watched = run_ranks(
+        2, watch_reading, MINILM, plan, options.micro_batch, options.pairs, timeout=1200
+    )
+    for rank, updates in enumerate(watched):
+        shares = [exchange / total for exchange, total in updates]
+        median = statistics.median(exchange for exchange, _ in updates)
+        print(f"rank {rank}: {percent(shares)} of an update, {1000 * median:.2f} ms", flush=True)
 
 
 def parts_of(updates: Sequence[Update], transfer: float) -> Dict[str, float]:
@@ -254,6 +268,7 @@ def stash(options: argparse.Namespace) -> None:
 VERBS: Dict[str, Callable[[argparse.Namespace], None]] = {
     "throughput": throughput,
     "time": time_of_ranks,
+    "reading": reading,
     "overhead": overhead,
     "one_stage": one_stage,
     "idle": idle,

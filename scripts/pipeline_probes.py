@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from typing import Any, Dict, List, NamedTuple, Set
+from typing import Any, Dict, List, NamedTuple, Set, Tuple
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from pipeline_sides import LENGTH, MINILM, fit
+from pipeline_sides import LENGTH, MICRO_BATCHES, MINILM, fit
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from typing_extensions import override
+
+from lightning_ipu_bert.strategies.distributed import fingerprints, messages
+from lightning_ipu_bert.training.random_streams import RandomStreams
 
 
 class Done(NamedTuple):
@@ -69,6 +72,52 @@ class Watch(pl.Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         update = Update(self.begin, time.perf_counter(), self.optimizer, self.actions)
         self.updates.append(update)
+
+
+class WatchReading(pl.Callback):
+    """Notes the seconds in which a rank passes batches on, or takes them, and compares them.
+
+    Without the time in which a rank waits for another one to have read. All updates are compared,
+    of which a run compares the first 10 and every 100th.
+    """
+
+    def __init__(self) -> None:
+        self.updates: List[Tuple[float, float]] = []
+        self.seconds, self.begin = 0.0, time.perf_counter()
+
+    @override
+    def on_fit_start(self, *_: Any) -> None:
+        for owner, names in (
+            (messages, ("pack", "send", "unpack")),
+            (RandomStreams, ("restore",)),
+            (fingerprints, ("fingerprint",)),
+        ):
+            for name in names:
+                setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, function: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.seconds += time.perf_counter() - begin
+            return result
+
+        return run
+
+    @override
+    def on_train_batch_end(self, *_: Any) -> None:
+        end = time.perf_counter()
+        self.updates.append((self.seconds, end - self.begin))
+        self.seconds, self.begin = 0.0, end
+
+
+def watch_reading(
+    size: Dict[str, Any], plan: Dict[str, Any], micro_batch: int, updates: int
+) -> List[Tuple[float, float]]:
+    """Train; return the seconds of reading and all seconds, of every update but the first."""
+    watch = WatchReading()
+    fit(size, micro_batch * MICRO_BATCHES, updates + 1, plan, [watch])
+    return watch.updates[1:]
 
 
 def watch_updates(

@@ -92,11 +92,11 @@ class Answers(NamedTuple):
             result[question.id] = question_set.passage_of(question)[start:end]
         return result
 
-    def n_best(self, question_set: QuestionSet) -> Dict[str, List[Dict[str, Any]]]:
+    def n_best(self, question_set: QuestionSet) -> Dict[str, List[Dict[str, object]]]:
         """Return the candidates by question id, with score, probability, start and end."""
         firsts, counts = np.unique(self.question, return_index=True, return_counts=True)[1:]
         rows = zip(*(column.tolist() for column in self[1:]))
-        result: Dict[str, List[Dict[str, Any]]] = {}
+        result: Dict[str, List[Dict[str, object]]] = {}
         for asked, count in zip(self.question[firsts].tolist(), counts.tolist()):
             question = question_set.questions[asked]
             passage = question_set.passage_of(question)

@@ -30,7 +30,7 @@ def run_blocks(
     blocks: Sequence[str],
     hidden: Any,
     batch: Mapping[str, Tensor],
-) -> Any:
+) -> object:
     """Run consecutive blocks, as in `BertForQuestionAnswering` of transformers.
 
     Args:

@@ -49,7 +49,7 @@ def count_rule(field: str, value: Any) -> Iterator[Violation]:
         yield Violation(field, value, "must be an integer of at least 1", "Set it to 1 or more.")
 
 
-def choice_rule(field: str, value: Any, choices: Iterable[str]) -> Iterator[Violation]:
+def choice_rule(field: str, value: object, choices: Iterable[str]) -> Iterator[Violation]:
     """Names must be known."""
     known = list(choices)
     if value not in known:
@@ -85,5 +85,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

@@ -45,7 +45,7 @@ def plan_fields(arguments: Mapping[str, object], names: Iterable[str]) -> Dict[s
 
 def pipeline_config(
     given: Mapping[str, Any],
-    ipu_config: Union[str, Mapping[str, Any], None],
+    ipu_config: Union[str, Mapping[str, object], None],
     pod_type: Optional[str],
 ) -> Tuple[PipelineConfig, List[str]]:
     """Return the configuration of a pipeline of ranks, and the names of ignored fields.

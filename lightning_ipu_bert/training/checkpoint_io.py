@@ -21,7 +21,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(
-        self, checkpoint: Dict[str, object], path: Any, storage_options: Optional[Any] = None
+        self, checkpoint: Dict[str, object], path: Any, storage_options: Optional[object] = None
     ) -> None:
         """Write a checkpoint; object stores like s3:// are atomic and left to Lightning."""
         if storage_options is not None or "://" in str(path):

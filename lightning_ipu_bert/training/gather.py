@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, List, TypeVar
+from typing import List, Optional, TypeVar
 
 import torch.distributed
+from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
 
-def all_gather_objects(value: T, group: Any = None) -> List[T]:
+def all_gather_objects(value: T, group: Optional[ProcessGroup] = None) -> List[T]:
     """Return the values of the processes of a group, in the order of ranks.
 
     Args:

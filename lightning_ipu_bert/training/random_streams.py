@@ -22,7 +22,7 @@ class RandomStreams(NamedTuple):
     """[624], int64: the key of the Mersenne Twister."""
     numpy_rest: Tuple[int, int, float]
     """Position in the key; whether there is a second normal number, and this number."""
-    python: Tuple[Any, ...]
+    python: Tuple[object, ...]
 
     @classmethod
     def current(cls) -> RandomStreams:

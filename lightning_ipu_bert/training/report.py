@@ -96,7 +96,7 @@ class TrainingReport(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: Any,
+        batch: object,
         batch_idx: int,
     ) -> None:
         """Count a batch and log the throughput over the last batches."""

@@ -70,7 +70,7 @@ def _is_large_table(module: nn.Module) -> bool:
     return weight.requires_grad and not special
 
 
-def _replace(table: Any, args: Tuple[Tensor, ...], rows: Tensor) -> Optional[Tensor]:
+def _replace(table: object, args: Tuple[Tensor, ...], rows: Tensor) -> Optional[Tensor]:
     if not rows.requires_grad or not args:
         return None
     anchor = torch.zeros((), device=rows.device, requires_grad=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any, Callable
+from typing import Callable
 
 import numpy as np
 import torch
@@ -68,5 +68,6 @@ def fingerprint(batch: object) -> int:
     return sum_
 
 
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def _bytes(tensor: Tensor) -> bytes:
+    content = tensor.detach().cpu().contiguous().reshape(-1)
+    return content.view(torch.uint8).numpy().tobytes()

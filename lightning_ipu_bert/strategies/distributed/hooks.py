@@ -35,7 +35,7 @@ class RunHooks(Callback):
         self._load_all = load_all
         self._gather = ReplicaGather(mesh.replica_group)
         self._metrics: List[Metric] = []
-        self._silenced: List[Tuple[Any, type]] = []
+        self._silenced: List[Tuple[BasePredictionWriter, type]] = []
         self._watch = WholeStateWatch()
         self._handles: List[RemovableHandle] = []
 
@@ -60,7 +60,7 @@ class RunHooks(Callback):
 
     @override
     def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: Dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: Dict[str, object]
     ) -> None:
         self._streams.save(checkpoint)
 
@@ -126,7 +126,7 @@ class ReplicaGather:
         """Create the function for the ranks that hold the same stages."""
         self._group = group
 
-    def __call__(self, state: Tensor, group: Any = None) -> List[Tensor]:
+    def __call__(self, state: Tensor, group: object = None) -> List[Tensor]:
         """Return the states of all replicas."""
         gathered: List[Tensor] = gather_all_tensors(state, group or self._group)
         return gathered
@@ -136,7 +136,7 @@ class ReplicaGather:
         return self
 
     @override
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Tuple[Callable[[], object], Tuple[()]]:
         """Return what a pickled metric synchronizes by: all processes, as without a pipeline."""
         return _every_process, ()
 
@@ -148,7 +148,7 @@ class WholeStateWatch:
         """Create a hook that warns."""
         self.expects_parts = False
 
-    def __call__(self, _: nn.Module, state: Dict[str, Any], *__: object) -> None:
+    def __call__(self, _: nn.Module, state: Dict[str, object], *__: object) -> None:
         """Warn if there are meta tensors."""
         tensors = [value for value in state.values() if isinstance(value, Tensor)]
         if self.expects_parts or not any(tensor.is_meta for tensor in tensors):
@@ -160,5 +160,5 @@ class WholeStateWatch:
         )
 
 
-def _every_process() -> Any:
+def _every_process() -> object:
     return gather_all_tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import Any, Iterator, List, Tuple
+from typing import Any, Iterable, Iterator, List, Tuple
 
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
@@ -30,7 +30,7 @@ def loader_rules(loaders: object, batches: BatchAlgebra) -> Iterator[Violation]:
             yield from batch_size_rule(loader.batch_size, batches.gradient_accumulation_steps)
 
 
-def share_rule(loader: DataLoader[Any], replica: int, replicas: int) -> Iterator[Violation]:
+def share_rule(loader: DataLoader[object], replica: int, replicas: int) -> Iterator[Violation]:
     """Data must be divided among replicas: by global ranks, only a part of it would be read."""
     for what, rank, number in _shares(loader):
         if number > 1 and (rank, number) != (replica, replicas):
@@ -43,7 +43,7 @@ def share_rule(loader: DataLoader[Any], replica: int, replicas: int) -> Iterator
             )
 
 
-def _shares(loader: DataLoader[Any]) -> Iterator[Tuple[str, int, int]]:
+def _shares(loader: DataLoader[object]) -> Iterator[Tuple[str, int, int]]:
     """Yield what divides the data of a loader, with its rank and number of processes."""
     batches = loader.batch_sampler
     inner = batches.sampler if isinstance(batches, BatchSampler) else None
@@ -87,8 +87,8 @@ def check_examples(batch: object, loader: object, is_first: bool) -> None:
 
 
 def loader_of_replica(
-    loader: object, batches: BatchAlgebra, replica: int, training: bool
-) -> object:
+    loader: Iterable[object], batches: BatchAlgebra, replica: int, training: bool
+) -> Iterable[object]:
     """Return a loader sharded over replicas, without repeated examples in evaluation.
 
     Lightning's sampler for evaluation repeats examples so that all replicas have the same number,

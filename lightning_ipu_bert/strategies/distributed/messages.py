@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from typing import Any, List, NamedTuple, Tuple
+from typing import List, NamedTuple, Tuple
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,7 @@ class _Unpickler(pickle.Unpickler):
         self.content = content
 
     @override
-    def persistent_load(self, place: Any) -> Tensor:
+    def persistent_load(self, place: _Content) -> Tensor:
         return self.content[place.begin : place.end].view(place.dtype).reshape(place.shape)
 
 
@@ -72,9 +72,10 @@ def pack(value: object) -> Tuple[Tensor, Tensor]:
     return structure, torch.cat(pickler.parts) if pickler.parts else structure.new_empty(0)
 
 
-def unpack(structure: Tensor, content: Tensor) -> Any:
+def unpack(structure: Tensor, content: Tensor) -> object:
     """Return the value; its tensors share the memory of `content`."""
-    return _Unpickler(io.BytesIO(structure.numpy().tobytes()), content).load()
+    value: object = _Unpickler(io.BytesIO(structure.numpy().tobytes()), content).load()
+    return value
 
 
 def send(packed: Tuple[Tensor, Tensor], group: dist.ProcessGroup) -> None:
@@ -89,7 +90,7 @@ def send(packed: Tuple[Tensor, Tensor], group: dist.ProcessGroup) -> None:
     dist.broadcast(torch.cat(packed), source, group)
 
 
-def receive(group: dist.ProcessGroup) -> Any:
+def receive(group: dist.ProcessGroup) -> object:
     """Return the value that the first rank of a group sends."""
     source, sizes = dist.get_global_rank(group, 0), torch.zeros(2, dtype=torch.int64)
     dist.broadcast(sizes, source, group)

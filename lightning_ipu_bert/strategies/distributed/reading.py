@@ -7,20 +7,31 @@ The states of its random generators travel with the batches, so that a step that
 
 from __future__ import annotations
 
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    Callable,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Sized,
+    Tuple,
+    Type,
+)
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ipu_bert._compat.loaders import indices_drawn, iterated_by_a_loop
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.strategies.distributed import messages
+from lightning_ipu_bert.strategies.distributed.lengths import all_replicas, length_in_replica
 from lightning_ipu_bert.strategies.distributed.loaders import check_examples
 from lightning_ipu_bert.strategies.distributed.mesh import Mesh
 from lightning_ipu_bert.training.random_streams import RandomStreams, seed_streams
@@ -54,9 +65,9 @@ class ReplicaReader:
         self.before_next: Optional[RandomStreams] = None
         """States to restore before the next training batch is read: a run resumes in an epoch."""
         self._order_seed: Optional[int] = None
-        self._attached: List[Tuple[Any, type]] = []
+        self._attached: List[Tuple[object, type]] = []
 
-    def attach(self, loader: Any, training: bool) -> Any:
+    def attach(self, loader: Iterable[object], training: bool) -> Iterable[object]:
         """Return the loader, which is read by one rank of each replica.
 
         Its class is replaced by a derived one until `detach`, so that the object, and all that
@@ -66,7 +77,7 @@ class ReplicaReader:
             loader: Any iterable over batches.
             training: Whether replicas must have the same number of batches.
         """
-        length = self._length(loader, training)
+        length = length_in_replica(loader, self.mesh, self.device, training)
         if training and self.num_replicas > 1 and isinstance(loader, DataLoader):
             self._order_alike(loader.sampler)
         try:
@@ -115,14 +126,14 @@ class ReplicaReader:
         finally:
             own.restore()
 
-    def _derive(self, loader: Any, length: Optional[int], training: bool) -> None:
-        kind = type(loader)
+    def _derive(self, loader: Iterable[object], length: Optional[int], training: bool) -> None:
+        kind: Type[Iterable[object]] = type(loader)
 
-        def __iter__(own: Any) -> Iterator[Any]:  # noqa: N807
-            read: Callable[[], Iterator[Any]] = partial(kind.__iter__, own)
+        def __iter__(own: Iterable[object]) -> Iterator[object]:  # noqa: N807
+            read: Callable[[], Iterator[object]] = partial(kind.__iter__, own)
             return self._begin(own, read, training) if iterated_by_a_loop() else read()
 
-        def __len__(own: Any) -> int:  # noqa: N807
+        def __len__(own: object) -> int:  # noqa: N807
             if length is None:
                 raise TypeError(f"object of type {kind.__name__!r} has no len()")
             return length
@@ -130,35 +141,12 @@ class ReplicaReader:
         loader.__class__ = type(kind.__name__, (kind,), {"__iter__": __iter__, "__len__": __len__})
         self._attached.append((loader, kind))
 
-    def _length(self, loader: Any, training: bool) -> Optional[int]:
-        """Return the number of batches on the reading rank; in training, the least of replicas."""
-        length = torch.tensor(-1)
-        if self.reads:
-            with suppress(TypeError, NotImplementedError):  # an iterable of unknown length
-                length = torch.tensor(len(loader))
-            if training:
-                length = self._least_of_replicas(length)
-        dist.broadcast(length, dist.get_global_rank(self.mesh.data_group, 0), self.mesh.data_group)
-        return int(length) if length >= 0 else None
-
-    def _least_of_replicas(self, length: Tensor) -> Tensor:
-        both = torch.stack([length, -length]).to(self.device)
-        dist.all_reduce(both, dist.ReduceOp.MIN, self.mesh.replica_group)
-        least, most = int(both[0]), -int(both[1])
-        if least != most and least >= 0:
-            rank_zero_warn(
-                f"Replicas have between {least} and {most} training batches per epoch: the first "
-                f"{least} of each are used. Divide the data equally, e.g. by "
-                "trainer.distributed_sampler_kwargs."
-            )
-        return torch.tensor(least)
-
     def _begin(
-        self, loader: object, read: Callable[[], Iterator[Any]], training: bool
+        self, loader: object, read: Callable[[], Iterator[object]], training: bool
     ) -> Iterator[object]:
         """Create the iterator of an epoch, on all ranks together."""
         if not self.reads:
-            messages.receive(self.mesh.data_group).streams.restore()
+            self._next_message().streams.restore()
             return self._receive(indices_drawn(loader, iterated=False))
         if training and self.num_replicas > 1:
             seed = torch.tensor(RandomStreams.current().seed("order"), device=self.device)
@@ -170,13 +158,13 @@ class ReplicaReader:
         self._send(Message(RandomStreams.current()))
         return self._read(loader, iterator, training)
 
-    def _read(self, loader: object, iterator: Iterator[Any], training: bool) -> Iterator[object]:
+    def _read(self, loader: object, iterator: Iterator[object], training: bool) -> Iterator[object]:
         if training and self.before_next is not None:
             self.before_next.restore()
             self.before_next = None
         drawn, sent = indices_drawn(loader, iterated=True), 0
         for number, batch in enumerate(iterator):
-            if training and not self._all_have_one(True):
+            if training and not self._agree(True):
                 rank_zero_warn(
                     "Replicas have different numbers of training batches: the epoch ends with "
                     "the first of them. Divide the data equally, e.g. by "
@@ -189,23 +177,25 @@ class ReplicaReader:
             yield batch
         else:
             if training:
-                self._all_have_one(False)
+                self._agree(False)
         self._send(Message(RandomStreams.current(), is_end=True))
 
     def _receive(self, drawn: List[object]) -> Iterator[object]:
         while True:
-            message: Message = messages.receive(self.mesh.data_group)
+            message = self._next_message()
             message.streams.restore()
             if message.is_end:
                 return
             drawn += message.indices
             yield message.batch
 
-    def _all_have_one(self, has_one: bool) -> bool:
-        """Return whether all replicas have another batch."""
-        vote = torch.tensor(int(has_one), device=self.device)
-        dist.all_reduce(vote, dist.ReduceOp.MIN, self.mesh.replica_group)
-        return bool(vote)
+    def _next_message(self) -> Message:
+        message = messages.receive(self.mesh.data_group)
+        assert isinstance(message, Message)
+        return message
+
+    def _agree(self, has_one: bool) -> bool:
+        return all_replicas(has_one, self.mesh, self.device)
 
     def _send(self, message: Message) -> None:
         if dist.get_world_size(self.mesh.data_group) == 1:
@@ -224,11 +214,13 @@ class ReplicaReader:
 class _Iterable:
     """Any iterable, with a class that can be derived from."""
 
-    def __init__(self, iterable: Any) -> None:
+    def __init__(self, iterable: Iterable[object]) -> None:
         self.iterable = iterable
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return iter(self.iterable)
 
     def __len__(self) -> int:
+        if not isinstance(self.iterable, Sized):
+            raise TypeError(f"object of type {type(self.iterable).__name__!r} has no len()")
         return len(self.iterable)

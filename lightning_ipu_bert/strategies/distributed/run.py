@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, Iterable, List, Mapping, Optional
 
 import torch
 from lightning.pytorch import Trainer
@@ -97,7 +97,7 @@ class Run:
         callbacks[:] = [self.hooks, *callbacks, self.signals]
         self.hooks.attach(self.module)
 
-    def loader(self, loader: object, training: bool) -> object:
+    def loader(self, loader: Iterable[object], training: bool) -> Iterable[object]:
         """Return a loader of the Trainer as a loader of this replica, read by its first rank."""
         batches = self.plan.main.batches
         own = loader_of_replica(loader, batches, self.mesh.replica, training)
@@ -165,7 +165,7 @@ class Run:
         for shards in self.shards.values():
             shards.detach()
 
-    def _gather(self, everywhere: bool) -> Dict[str, Any]:
+    def _gather(self, everywhere: bool) -> Dict[str, object]:
         with self.hooks.expecting_parts():
             return weights.gather_state(
                 self.module, self.plan, set(self.stages), self.mesh.pipeline_group, everywhere

@@ -198,7 +198,7 @@ class PipelineParallelStrategy(ParallelStrategy):
         """Do nothing: `Run.place` moves the parameters of this rank."""
 
     @override
-    def process_dataloader(self, dataloader: object) -> object:
+    def process_dataloader(self, dataloader: Any) -> object:
         return self.run.loader(dataloader, is_training(self.lightning_module))
 
     @override

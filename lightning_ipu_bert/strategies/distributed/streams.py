@@ -44,11 +44,11 @@ class ReplicaStreams:
         else:
             states[self.mesh.replica].restore()
 
-    def save(self, checkpoint: Dict[str, Any]) -> None:
+    def save(self, checkpoint: Dict[str, object]) -> None:
         """Add the states of all replicas, on the first ranks of the replicas."""
         if self.mesh.pipeline_rank:
             return
-        parts: List[Dict[str, Any]] = [{}] * self.reader.num_replicas
+        parts: List[Dict[str, object]] = [{}] * self.reader.num_replicas
         own = RandomStreams.current()._asdict()
         dist.all_gather_object(parts, own, group=self.mesh.replica_group)
         checkpoint[STREAMS_KEY] = parts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence
+from typing import Dict, List, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def build_schedule(
     number: int,
     device: torch.device,
     group: Group,
-) -> Any:
+) -> object:
     """Create the schedule for `number` micro-batches.
 
     Ragged last batches and evaluation may have fewer micro-batches than the schedule of the plan

@@ -48,7 +48,7 @@ class IPUExecutor:
         module: Any,
         config: IPUConfig,
         plan: Plan,
-        make_options: Callable[[bool], Any],
+        make_options: Callable[[bool], object],
         batch_sizes: Callable[[bool], Optional[int]],
         random_state: RandomState,
         offline: bool = False,
@@ -79,7 +79,7 @@ class IPUExecutor:
         self._offline = offline
         self._loss_weights = LossWeights(module, config.training.shape.batches)
 
-    def loss(self, batch: Any) -> Tensor:
+    def loss(self, batch: object) -> Tensor:
         """Return the mean loss of a batch; if gradients are enabled, update the weights."""
         if not torch.is_grad_enabled():
             return loss_of(self.module, self.output(batch), batch, has_own_weights(self.module))

@@ -41,7 +41,7 @@ class RunOptions(NamedTuple):
     loader_mode: LoaderMode = "sync"
     auto_round_num_ipus: bool = False
     compile_only: bool = False
-    edit_options: Optional[Callable[[Any, bool], None]] = None
+    edit_options: Optional[Callable[[object, bool], None]] = None
 
 
 class Run:
@@ -139,7 +139,7 @@ class Run:
         if self.trainer.state.fn == TrainerFn.FITTING:
             enforce(progress_rules(checkpoint, self.config.device_iterations))
 
-    def set_optimizer(self, optimizers: Sequence[Optimizer], schedules: Sequence[Any]) -> None:
+    def set_optimizer(self, optimizers: Sequence[Optimizer], schedules: Sequence[object]) -> None:
         """Set the optimizer and the learning rate schedules of the module.
 
         Args:

@@ -43,7 +43,7 @@ class UpdatesOfACall(Callback):
 
     @override
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Log the metrics of the batch at its last update."""
         log_at_last_update(trainer, self._updates)

@@ -36,10 +36,10 @@ class NotebookLauncher(MultiProcessingLauncher):
     @override
     def launch(
         self,
-        function: Callable[..., Any],
-        *args: Any,
+        function: Callable[..., object],
+        *args: object,
         trainer: Optional[Trainer] = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> object:
         """Check the run, start the ranks and call the function in them.
 

@@ -177,7 +177,7 @@ def every_block_called(module: Any) -> Iterator[None]:
         )
 
 
-def _note(called: Set[str], name: str, module: nn.Module, inputs: Any) -> None:
+def _note(called: Set[str], name: str, module: nn.Module, inputs: object) -> None:
     called.add(name)
 
 

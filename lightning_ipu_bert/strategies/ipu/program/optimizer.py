@@ -88,7 +88,7 @@ def _groups(optimizer: Optimizer) -> List[Dict[str, Any]]:
     ]
 
 
-def _hyperparameters(group: Mapping[str, Any]) -> Dict[str, Any]:
+def _hyperparameters(group: Mapping[str, Any]) -> Dict[str, object]:
     values = {name: group[name] for name in HYPERPARAMETERS if name in group}
     if "betas" in values:
         values["betas"] = tuple(values["betas"])
@@ -115,7 +115,7 @@ class IPUOptimizer:
         self._detach = around_update(host, self._hide_parameters, self._show_parameters)
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._names = [names[id(p)] for group in host.param_groups for p in group["params"]]
-        self._loaded: Dict[str, Dict[str, Any]] = {}
+        self._loaded: Dict[str, Dict[str, object]] = {}
         """State of a checkpoint by parameter, until there is a program to write it to."""
 
     def refresh(self, poplar: Any) -> None:
