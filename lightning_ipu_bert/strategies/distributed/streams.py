@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, List
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 
@@ -43,6 +44,9 @@ class ReplicaStreams:
             self.reader.before_next = states[self.mesh.replica]  # resumes in the middle of an epoch
         else:
             states[self.mesh.replica].restore()
+        # Steps may draw on GPUs, too: alike in a replica.
+        begin = self.reader.before_next or RandomStreams.current()
+        torch.cuda.manual_seed_all(begin.seed("devices"))
 
     def save(self, checkpoint: Dict[str, object]) -> None:
         """Add the states of all replicas, on the first ranks of the replicas."""

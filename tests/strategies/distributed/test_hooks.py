@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from lightning_ipu_bert import UserError
 from lightning_ipu_bert.strategies.distributed.micro_batches import micro_batches_of
 
-pytestmark = needs_pipelining
+pytestmark = [pytest.mark.slow, needs_pipelining]
 WORLD = {"auto": 1, "2x1": 2, "1x2": 2, "2x2": 4}
 
 

@@ -16,6 +16,7 @@ from lightning_ipu_bert import UserError
 
 EVERYWHERE = ["ddp", *(pytest.param(name, marks=needs_pipelining) for name in PLANS)]
 NONE = -100
+pytestmark = pytest.mark.slow
 
 
 class Ignoring(Project):
@@ -91,6 +92,7 @@ class Heads(Project):
         return hidden
 
 
+@needs_pipelining
 def test_a_gradient_of_some_replicas_counts_as_zero_on_the_others(tmp_path):
     # Neighbors go to different replicas: in the first batch each has another head.
     tasks = torch.tensor([0, 1] * 4 + [0, 2] * 4 + [1, 1] * 4 + [2, 0] * 4)
@@ -114,6 +116,7 @@ class Dropping(Heads):
         return self.layers[1][0](hidden) if "layers.1" in blocks else hidden
 
 
+@needs_pipelining
 def test_a_layer_that_nobody_runs_is_not_updated(tmp_path):
     examples = table(task=torch.tensor([1] * 8 + [0] * 8 + [1] * 16))
     losses, weights, _ = fit("auto", tmp_path, Dropping, examples)

@@ -23,7 +23,7 @@ from lightning_ipu_bert import PipelineModule
 from lightning_ipu_bert.data.loaders import ResumableDataLoader, TrainingSampler
 from lightning_ipu_bert.training.random_streams import seed_streams
 
-pytestmark = needs_pipelining
+pytestmark = [pytest.mark.slow, needs_pipelining]
 STAGES = {"layers_per_stage": [1, 1], "gradient_accumulation_steps": 2}
 REPLICAS = {**STAGES, "replication_factor": 2}
 ONE_STAGE = {"layers_per_stage": [2], "replication_factor": 2, "gradient_accumulation_steps": 2}

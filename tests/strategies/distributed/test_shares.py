@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, WeightedRandomSampl
 
 from lightning_ipu_bert import UserError
 
-pytestmark = needs_pipelining
+pytestmark = [pytest.mark.slow, needs_pipelining]
 
 
 def everything_once(plan, folder, make):

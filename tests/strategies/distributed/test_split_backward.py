@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_ipu_bert import UserError
 
-pytestmark = needs_pipelining
+pytestmark = [pytest.mark.slow, needs_pipelining]
 SPLIT = {"schedule": "zero_bubble", **PLANS["2x1"]}
 
 
