@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
@@ -55,7 +56,8 @@ def global_loss(module: Any, output: object, batch: object, weighted: bool) -> T
         UserError: If the Trainer adds up gradients of several batches: the weight of a batch in
             their sum is not known before the last of them.
     """
-    loss, trainer = loss_of(module, output, batch, weighted), trainer_of(module)
+    loss = loss_of(module, output, batch, weighted)
+    trainer = trainer_of(module) if isinstance(module, LightningModule) else None
     if trainer is None or not torch.is_grad_enabled():
         return loss
     if weighted and trainer.accumulate_grad_batches > 1:
@@ -64,7 +66,7 @@ def global_loss(module: Any, output: object, batch: object, weighted: bool) -> T
             f"{type(module).__name__}.batch_weight, because the total is not known before the last "
             "batch. Use larger batches, or a pipeline strategy with gradient_accumulation_steps."
         )
-    if trainer.world_size == 1 or not isinstance(trainer.strategy, ParallelStrategy):
+    if not isinstance(trainer.strategy, ParallelStrategy) or not dist.is_initialized():
         return loss
     weight = torch.tensor(float(module.batch_weight(batch)), device=loss.device)
     total = weight.clone()

@@ -57,15 +57,17 @@ class BatchComparison:
 
 def fingerprint(batch: object) -> int:
     """Return a checksum of the tensors, arrays, numbers and texts in a batch."""
-    sum_ = 0
+    checksum = 0
     for leaf in leaves_of(batch):
         if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-            sum_ = zlib.crc32(_bytes(leaf), zlib.crc32(repr(tuple(leaf.shape)).encode(), sum_))
+            checksum = zlib.crc32(
+                _bytes(leaf), zlib.crc32(repr(tuple(leaf.shape)).encode(), checksum)
+            )
         elif isinstance(leaf, np.ndarray) and leaf.dtype != object:
-            sum_ = zlib.crc32(leaf.tobytes(), sum_)
+            checksum = zlib.crc32(leaf.tobytes(), checksum)
         elif isinstance(leaf, (str, bytes, int, float, bool, type(None))):
-            sum_ = zlib.crc32(repr(leaf).encode(), sum_)
-    return sum_
+            checksum = zlib.crc32(repr(leaf).encode(), checksum)
+    return checksum
 
 
 def _bytes(tensor: Tensor) -> bytes:

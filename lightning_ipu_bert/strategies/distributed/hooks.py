@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -96,10 +96,10 @@ class RunHooks(Callback):
     def _attach(self, trainer: Trainer) -> None:
         """Let the metrics of module and callbacks synchronize over one rank of each replica."""
         callbacks: List[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        held = [value for callback in callbacks for value in vars(callback).values()]
-        roots = [trainer.lightning_module, *(x for x in held if isinstance(x, nn.Module))]
-        for metric in [module for root in roots for module in root.modules()]:
-            if isinstance(metric, Metric) and metric.dist_sync_fn is None:
+        module = trainer.lightning_module
+        owners = [module, *(vars(owner) for owner in (module, *callbacks))]
+        for metric in metrics_in(owners):
+            if metric.dist_sync_fn is None:
                 metric.dist_sync_fn = self._gather
                 self._metrics.append(metric)
 
@@ -117,6 +117,20 @@ class RunHooks(Callback):
                 silent = {"write_on_batch_end": nothing, "write_on_epoch_end": nothing}
                 writer.__class__ = type(kind.__name__, (kind,), {**names, **silent})
                 self._silenced.append((writer, kind))
+
+
+def metrics_in(value: object, depth: int = 4) -> Iterator[Metric]:
+    """Yield the metrics in a module, a collection of modules, or one of collections.
+
+    Args:
+        value: Where to look.
+        depth: How many collections may contain each other.
+    """
+    if isinstance(value, nn.Module):
+        yield from (part for part in value.modules() if isinstance(part, Metric))
+    elif isinstance(value, (Mapping, list, tuple)) and depth:
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from metrics_in(item, depth - 1)
 
 
 class ReplicaGather:

@@ -27,12 +27,14 @@ class Measuring(Project):
         super().__init__()
         self.count, self.values = SumMetric(), CatMetric()
         self.group = MetricCollection({"matrix": MulticlassConfusionMatrix(3)})
+        self.others = {"counts": [SumMetric()]}  # not a submodule
         self.found = {}
 
     def validation_step(self, batch, batch_idx):
         output = self.run_output(batch)
         self.count.update(torch.ones(len(batch["y"])))
         self.values.update(batch["x"][:, 0])
+        self.others["counts"][0].update(len(batch["y"]))
         self.group.update(output, batch["y"])
         self.log("count", self.count, on_epoch=True)
         self.log("sum", float(len(batch["y"])), sync_dist=True, reduce_fx="sum", on_epoch=True)
@@ -41,6 +43,7 @@ class Measuring(Project):
     def on_validation_epoch_end(self):
         self.found = {
             "values": sorted(self.values.compute().tolist()),
+            "other": self.others["counts"][0].compute().item(),
             "matrix": self.group.compute()["matrix"].tolist(),
             "gathered": self.all_gather(torch.ones(3)).sum().item() / self.replicas,
         }
