@@ -1,18 +1,21 @@
 """Shares of the data: every example is read exactly once an epoch, and mistakes are refused."""
 
+import os
 import warnings
 from itertools import chain
 
 import datasets
+import lightning.pytorch as pl
 import pytest
 import torch
 from datasets.distributed import split_dataset_by_node
 from model_helpers import make_trainer, needs_pipelining
 from ranks import run_ranks
 from test_reading import BATCH, EXAMPLES, ONE_STAGE, REPLICAS, STAGES, Examples, Layers, Stream
-from torch.utils.data import DataLoader, DistributedSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, WeightedRandomSampler, random_split
 
 from lightning_ipu_bert import UserError
+from lightning_ipu_bert.training.random_streams import seed_streams
 
 pytestmark = [pytest.mark.slow, needs_pipelining]
 
@@ -131,3 +134,51 @@ def train_uneven(folder, changes):
     trainer = make_trainer(folder, plan=REPLICAS, max_epochs=2, **changes)
     trainer.fit(module, uneven(trainer))
     return module.losses, module.seen, None, None
+
+
+def half(folder, plan):
+    """Train on a random half of the data; return the examples that were read."""
+    seed_streams(3 + int(os.environ.get("LOCAL_RANK", 0)))  # ranks differ until the run begins
+    return everything_once(plan, folder, HalfOfData)
+
+
+class HalfOfData(pl.LightningDataModule):
+    """Splits the data when it is asked for it, without a generator."""
+
+    def __init__(self, _):
+        super().__init__()
+
+    def setup(self, stage):
+        self.half = random_split(Examples(), [16, 8])[0]
+
+    def train_dataloader(self):
+        return DataLoader(self.half, BATCH // 2)
+
+
+@pytest.mark.parametrize("plan", [STAGES, ONE_STAGE, REPLICAS], ids=["2x1", "1x2", "2x2"])
+def test_a_random_split_is_the_one_of_a_single_process(plan, tmp_path):
+    expected = sorted(half(tmp_path, None))
+    stages = len(plan["layers_per_stage"])
+    results = run_ranks(stages * plan.get("replication_factor", 1), half, tmp_path, plan)
+    assert sorted(chain.from_iterable(results[::stages])) == expected
+
+
+def time_first(_):
+    collate = torch.utils.data.default_collate
+    return DataLoader(
+        [{"x": torch.zeros(30, 4)} for _ in range(8)],
+        8,
+        collate_fn=lambda examples: {"x": collate(examples)["x"].transpose(0, 1)},
+    )
+
+
+def test_batches_with_the_time_first_are_refused(tmp_path):
+    said = run_ranks(2, refused_at_reading, tmp_path)[0]
+    assert said.startswith("A batch of a loader with batch_size=8 has a tensor of shape [30, 8, 4]")
+
+
+def refused_at_reading(folder):
+    try:
+        return error_of(STAGES, folder, time_first)
+    except BaseException as error:  # the other rank loses its connection
+        return type(error).__name__
