@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Callable, Hashable, List, Mapping, MutableMapping, Optional, Sequence
+from typing import Any, Callable, Hashable, List, Mapping, MutableMapping, Optional, Sequence, Union
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import TypeGuard
 
 from lightning_ipu_bert.errors import UserError
 
 Leaf = Callable[[object], object]
+Rows = Union[Tensor, "npt.NDArray[np.generic]"]
+"""What is split along its first dimension."""
 
 
 def map_tree(
@@ -71,7 +75,7 @@ def tensors_of(value: object) -> List[Tensor]:
     return [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
 
 
-def has_rows(value: object) -> bool:
+def has_rows(value: object) -> TypeGuard[Rows]:
     """Return whether a value is a tensor or array with a first dimension."""
     return isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0
 
@@ -82,7 +86,7 @@ def count_examples(batch: object) -> int:
     Raises:
         UserError: If there is no tensor or array with a dimension.
     """
-    arrays: List[Any] = [leaf for leaf in leaves_of(batch) if has_rows(leaf)]
+    arrays = [leaf for leaf in leaves_of(batch) if has_rows(leaf)]
     for rows in [*(x for x in arrays if isinstance(x, Tensor)), *arrays]:
         return len(rows)
     raise UserError(
@@ -98,21 +102,21 @@ def split_batch(batch: object, examples: int, size: int) -> List[object]:
     example. Everything else is in every micro-batch.
     """
 
-    def has_entries(value: object) -> bool:
+    def has_entries(value: object) -> TypeGuard[Sequence[object]]:
         """Return whether a list or tuple has an entry for every example, and is no structure."""
         if not isinstance(value, (list, tuple)) or len(value) != examples:
             return False
         if all(isinstance(entry, Mapping) for entry in value):
             return True
-        leaves: List[Any] = leaves_of(value)
-        return not any(has_rows(leaf) and len(leaf) == examples for leaf in leaves)
+        return not any(has_rows(leaf) and len(leaf) == examples for leaf in leaves_of(value))
 
     def part(first: int) -> object:
         rows = slice(first, first + size)
 
-        def cut(value: Any) -> object:
-            is_rows = has_rows(value) and len(value) == examples
-            return value[rows] if is_rows or has_entries(value) else value
+        def cut(value: object) -> object:
+            if has_rows(value):
+                return value[rows] if len(value) == examples else value
+            return value[rows] if has_entries(value) else value
 
         return map_tree(batch, cut, has_entries)
 

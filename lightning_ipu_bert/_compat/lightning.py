@@ -48,7 +48,7 @@ from lightning.fabric.utilities.distributed import (
     _set_num_threads_if_needed,
 )
 from lightning.fabric.utilities.throughput import Throughput
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ThroughputMonitor
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.optimizer import _validate_multiple_optimizers_support
@@ -88,6 +88,12 @@ def init_process_group(environment: ClusterEnvironment, backend: str, timeout: t
 def trainer_of(module: Optional[LightningModule]) -> Optional[Trainer]:
     """Return the Trainer of a module or None; the public `trainer` raises if there is none."""
     return None if module is None else module._trainer
+
+
+def callbacks_of(trainer: Trainer) -> List[Callback]:
+    """Return the list of callbacks of a Trainer, which sets it in a helper, unseen by mypy."""
+    callbacks: List[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
 
 
 def datamodule_of(trainer: Trainer) -> Optional[LightningDataModule]:

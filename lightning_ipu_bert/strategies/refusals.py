@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, List, Mapping, Sequence, Type
+from typing import Dict, Iterator, Mapping, Sequence, Type
 
 from lightning.pytorch import Callback, Trainer, callbacks
 from lightning.pytorch.plugins.precision import Precision
 
-from lightning_ipu_bert._compat.lightning import synchronizes_batch_norm
+from lightning_ipu_bert._compat.lightning import callbacks_of, synchronizes_batch_norm
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.rules import Violation
 
@@ -49,7 +49,7 @@ ON_IPUS = _available(
 
 def callback_rules(trainer: Trainer, reasons: Reasons) -> Iterator[Violation]:
     """The Trainer must not have callbacks that are not supported."""
-    present: List[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    present = callbacks_of(trainer)
     for callback in present:
         for kind, reason in reasons.items():
             if isinstance(callback, kind):

@@ -6,6 +6,7 @@ from typing import List
 
 from lightning.pytorch import Callback, Trainer
 
+from lightning_ipu_bert._compat.lightning import callbacks_of
 from lightning_ipu_bert.pipeline.facts import facts_of
 from lightning_ipu_bert.training.interrupts import SignalsBetweenSteps
 from lightning_ipu_bert.training.random_states import RandomStates
@@ -23,6 +24,6 @@ def missing_callbacks(trainer: Trainer, *others: Callback) -> List[Callback]:
     own = [RandomStates(), SaveOnTermination(), *others]
     if trainer.world_size == 1 and not facts_of(trainer).holds_interrupts:
         own.append(SignalsBetweenSteps())
-    callbacks: List[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     present = {type(callback) for callback in callbacks}
     return [callback for callback in own if type(callback) not in present]

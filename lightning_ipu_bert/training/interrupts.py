@@ -19,7 +19,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_ipu_bert._compat.lightning import restore_signal_handlers, saves_on_exception
+from lightning_ipu_bert._compat.lightning import (
+    callbacks_of,
+    restore_signal_handlers,
+    saves_on_exception,
+)
 from lightning_ipu_bert.training.termination import (
     InterruptedBetweenSteps,
     SaveOnTermination,
@@ -199,7 +203,7 @@ class SignalsBetweenSteps(Callback):
         self.release()
         if isinstance(exception, KeyboardInterrupt):
             restore_signal_handlers(trainer)
-        callbacks: List[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         checkpointing = trainer.checkpoint_callback
         if (
             can_be_saved_after(exception)

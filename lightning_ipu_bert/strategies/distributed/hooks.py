@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
+from lightning_ipu_bert._compat.lightning import callbacks_of
 from lightning_ipu_bert.strategies.distributed.mesh import Mesh
 from lightning_ipu_bert.strategies.distributed.streams import ReplicaStreams
 
@@ -95,7 +96,7 @@ class RunHooks(Callback):
 
     def _attach(self, trainer: Trainer) -> None:
         """Let the metrics of module and callbacks synchronize over one rank of each replica."""
-        callbacks: List[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         module = trainer.lightning_module
         owners = [module, *(vars(owner) for owner in (module, *callbacks))]
         for metric in metrics_in(owners):
@@ -109,7 +110,7 @@ class RunHooks(Callback):
         def nothing(*_: object, **__: object) -> None:
             """Do nothing: the first rank writes."""
 
-        present: List[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        present = callbacks_of(trainer)
         for writer in present:
             if isinstance(writer, BasePredictionWriter):
                 kind = type(writer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import Any, Iterable, Iterator, List, Tuple
+from typing import Iterable, Iterator, Tuple
 
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
@@ -70,7 +70,7 @@ def check_examples(batch: object, loader: object, is_first: bool) -> None:
     if not isinstance(sampler, BatchSampler):
         return
     size = sampler.batch_size
-    arrays: List[Any] = [leaf for leaf in leaves_of(batch) if has_rows(leaf)]
+    arrays = [leaf for leaf in leaves_of(batch) if has_rows(leaf)]
     lengths = [len(rows) for rows in arrays]
     if not lengths:
         return

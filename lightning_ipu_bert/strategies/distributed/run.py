@@ -11,6 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from torch.optim import Optimizer
 
+from lightning_ipu_bert._compat.lightning import callbacks_of
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.strategies.distributed import mesh as collectives
 from lightning_ipu_bert.strategies.distributed import weights
@@ -93,7 +94,7 @@ class Run:
             loss_scale=lambda: loss_scale(precision, self.device),
         )
         count_replicas(self.trainer, self.plan)
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(self.trainer)
         callbacks[:] = [self.hooks, *callbacks, self.signals]
         self.hooks.attach(self.module)
 
@@ -160,7 +161,7 @@ class Run:
         self.signals.release()
         self.reader.detach()
         self.hooks.detach()
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(self.trainer)
         callbacks[:] = [c for c in callbacks if c not in (self.hooks, self.signals)]
         for shards in self.shards.values():
             shards.detach()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import List
-
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ThroughputMonitor
 
-from lightning_ipu_bert._compat.lightning import throughputs
+from lightning_ipu_bert._compat.lightning import callbacks_of, throughputs
 from lightning_ipu_bert.pipeline.plan import Plan
 
 
@@ -17,7 +15,7 @@ def count_replicas(trainer: Trainer, plan: Plan) -> None:
     They multiply the samples of a rank by the number of ranks, but the ranks of a replica process
     the same samples. The available FLOP/s of a replica are those of all its ranks.
     """
-    callbacks: List[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     ranks = plan.main.ranks_per_replica
     for monitor in callbacks:
         if isinstance(monitor, ThroughputMonitor):

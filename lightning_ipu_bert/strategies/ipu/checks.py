@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Iterator, List, Optional, Tuple
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_ipu_bert._compat.lightning import every_n_train_steps
+from lightning_ipu_bert._compat.lightning import callbacks_of, every_n_train_steps
 from lightning_ipu_bert.pipeline.blocks import block_rules, outline_of
 from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 from lightning_ipu_bert.pipeline.ipu.program import ProgramConfig, program_rules
@@ -152,7 +152,7 @@ def _intervals(trainer: Trainer) -> Iterator[Tuple[str, int]]:
     every_n_steps = trainer.log_every_n_steps  # type: ignore[attr-defined]
     if loggers and every_n_steps:
         yield "log_every_n_steps", every_n_steps
-    callbacks: List[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and every_n_train_steps(callback):
             yield "every_n_train_steps", every_n_train_steps(callback)

@@ -8,12 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_ipu_bert._compat.lightning import callbacks_of
 from lightning_ipu_bert.checkpoint_file import IPU_KEY
 from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 from lightning_ipu_bert.pipeline.progress import progress_rules
@@ -116,7 +117,7 @@ class Run:
         for part in self.module.modules():  # weights may be loaded into a submodule only
             hook = part.register_load_state_dict_post_hook(self._weights_were_loaded)
             self._cleanup.callback(hook.remove)
-        callbacks: List[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(self.trainer)
         callbacks.insert(0, self._updates)
         self._cleanup.callback(callbacks.remove, self._updates)
         if self.trainer.world_size == 1:
