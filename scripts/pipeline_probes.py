@@ -16,7 +16,7 @@ from torch.distributed.pipelining import PipelineStage
 from typing_extensions import override
 
 from lightning_ipu_bert.strategies.distributed import fingerprints, messages
-from lightning_ipu_bert.training.random_streams import RandomStreams
+from lightning_ipu_bert.training.random_states import GeneratorStates
 
 
 class Done(NamedTuple):
@@ -89,7 +89,7 @@ class WatchReading(pl.Callback):
     def on_fit_start(self, *_: Any) -> None:
         for owner, names in (
             (messages, ("pack", "send", "unpack")),
-            (RandomStreams, ("restore",)),
+            (GeneratorStates, ("restore",)),
             (fingerprints, ("fingerprint",)),
         ):
             for name in names:

@@ -1,10 +1,13 @@
 """Checkpoints: complete, plain, and exact to resume from."""
 
 import os
+import random
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -15,6 +18,7 @@ from lightning_ipu_bert.commands.ask import answer_questions
 from lightning_ipu_bert.commands.export import export
 from lightning_ipu_bert.commands.loading import load_trained
 from lightning_ipu_bert.training.checkpoint_io import AtomicCheckpointIO
+from lightning_ipu_bert.training.random_states import RandomStates
 
 pytestmark = pytest.mark.slow
 
@@ -178,3 +182,15 @@ def test_saving_is_atomic_in_every_run_unless_somebody_brings_an_io(
         trainer.fit(make_module(), datamodule=make_data())
         kinds.append(type(trainer.strategy.checkpoint_io))
     assert kinds == [AtomicCheckpointIO, OwnIO]
+
+
+def test_all_generators_of_a_process_are_resumed():
+    def draws():
+        return float(torch.rand(())), float(np.random.rand()), random.random()  # noqa: NPY002
+
+    trainer, states = SimpleNamespace(world_size=1), RandomStates()
+    saved, expected = states.state_dict(), draws()
+    assert draws() != expected
+    states.load_state_dict(saved)
+    states.on_train_batch_start(trainer, None, None, 0)
+    assert draws() == expected

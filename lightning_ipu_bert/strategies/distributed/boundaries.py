@@ -55,7 +55,7 @@ class Boundaries:
         self, model: nn.Module, stages: List[Stage], plan: Plan, mesh: Mesh, device: torch.device
     ) -> None:
         """Create the boundaries of an executor, which are found on first use."""
-        self.model = model
+        self.parameters = list(model.parameters())
         self.stages = {stage.index: stage for stage in stages}
         self.plan = plan
         self.mesh = mesh
@@ -64,7 +64,7 @@ class Boundaries:
 
     def key(self, micro_batch: object, training: bool) -> Hashable:
         """Return what the shapes depend on, the same on all ranks."""
-        trained = tuple(p.requires_grad for p in self.model.parameters()) if training else ()
+        trained = tuple(p.requires_grad for p in self.parameters) if training else ()
         return trained, training, shape_key(micro_batch)
 
     def of(self, micro_batch: object, training: bool) -> List[List[TensorShape]]:

@@ -64,6 +64,7 @@ class TorchPipelineExecutor:
         self.seed = seed
         self.loss_scale = loss_scale
         self.batches_done = batches_done
+        self._least_size = least_size(model)  # of a micro-batch in training
         self._calls = (0, 0)
         """Index of the current batch, and how often its loss was computed."""
         self.boundaries = Boundaries(model, stages, plan, mesh, device)
@@ -101,7 +102,7 @@ class TorchPipelineExecutor:
 
     def _train(self, batch: object, scale: float) -> Any:
         """Run the schedule; return the loss on the rank of the last stage, else None."""
-        micro_batches = self._split(batch, least_size(self.model))
+        micro_batches = self._split(batch, self._least_size)
         schedule = self._schedule_for(micro_batches, training=True)
         weights = loss_weights(self.model, micro_batches, self.mesh, self.device)
         call = ScheduleCall(micro_batches, [scale * weight for weight in weights])

@@ -16,23 +16,25 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
 from lightning_ipu_bert._compat.lightning import callbacks_of
+from lightning_ipu_bert.strategies.distributed.generators import ReplicaGenerators
 from lightning_ipu_bert.strategies.distributed.mesh import Mesh
-from lightning_ipu_bert.strategies.distributed.streams import ReplicaStreams
 
 
 class RunHooks(Callback):
     """Callback of a run: random states, metrics, writers and weights of replicas."""
 
-    def __init__(self, mesh: Mesh, streams: ReplicaStreams, load_all: Callable[[], None]) -> None:
+    def __init__(
+        self, mesh: Mesh, generators: ReplicaGenerators, load_all: Callable[[], None]
+    ) -> None:
         """Create the callback.
 
         Args:
             mesh: Mesh coordinates and groups of this rank.
-            streams: Random states of the replicas.
+            generators: Random states of the replicas.
             load_all: Loads the weights of all stages into the module, on every rank.
         """
         self._mesh = mesh
-        self._streams = streams
+        self._generators = generators
         self._load_all = load_all
         self._gather = ReplicaGather(mesh.replica_group)
         self._metrics: List[Metric] = []
@@ -42,7 +44,7 @@ class RunHooks(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._streams.begin(trainer)
+        self._generators.begin(trainer)
         self._attach(trainer)
 
     @override
@@ -63,7 +65,7 @@ class RunHooks(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: Dict[str, object]
     ) -> None:
-        self._streams.save(checkpoint)
+        self._generators.save(checkpoint)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

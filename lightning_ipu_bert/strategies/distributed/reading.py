@@ -34,13 +34,13 @@ from lightning_ipu_bert.strategies.distributed import messages
 from lightning_ipu_bert.strategies.distributed.lengths import all_replicas, length_in_replica
 from lightning_ipu_bert.strategies.distributed.loaders import check_examples
 from lightning_ipu_bert.strategies.distributed.mesh import Mesh
-from lightning_ipu_bert.training.random_streams import RandomStreams, seed_streams
+from lightning_ipu_bert.training.random_states import GeneratorStates, seed_generators
 
 
 class Message(NamedTuple):
     """What the reading rank of a replica sends to the others."""
 
-    streams: RandomStreams
+    generators: GeneratorStates
     """Random states after reading."""
     batch: object = None
     indices: Sequence[object] = ()
@@ -62,7 +62,7 @@ class ReplicaReader:
         self.device = device
         self.reads = mesh.pipeline_rank == 0
         """Whether this rank reads."""
-        self.before_next: Optional[RandomStreams] = None
+        self.before_next: Optional[GeneratorStates] = None
         """States to restore before the next training batch is read: a run resumes in an epoch."""
         self._order_seed: Optional[int] = None
         self._attached: List[Tuple[object, type]] = []
@@ -118,9 +118,9 @@ class ReplicaReader:
     @contextmanager
     def _drawing_alike(self) -> Iterator[None]:
         """Draw the same numbers on all replicas within the context, once an epoch has begun."""
-        own = RandomStreams.current()
+        own = GeneratorStates.current()
         if self._order_seed is not None:
-            seed_streams(self._order_seed)
+            seed_generators(self._order_seed)
         try:
             yield
         finally:
@@ -146,16 +146,16 @@ class ReplicaReader:
     ) -> Iterator[object]:
         """Create the iterator of an epoch, on all ranks together."""
         if not self.reads:
-            self._next_message().streams.restore()
+            self._next_message().generators.restore()
             return self._receive(indices_drawn(loader, iterated=False))
         if training and self.num_replicas > 1:
-            seed = torch.tensor(RandomStreams.current().seed("order"), device=self.device)
+            seed = torch.tensor(GeneratorStates.current().seed("order"), device=self.device)
             dist.broadcast(
                 seed, dist.get_global_rank(self.mesh.replica_group, 0), self.mesh.replica_group
             )
             self._order_seed = int(seed)
         iterator = read()
-        self._send(Message(RandomStreams.current()))
+        self._send(Message(GeneratorStates.current()))
         return self._read(loader, iterator, training)
 
     def _read(self, loader: object, iterator: Iterator[object], training: bool) -> Iterator[object]:
@@ -172,18 +172,18 @@ class ReplicaReader:
                 )
                 break
             check_examples(batch, loader, is_first=number == 0)
-            self._send(Message(RandomStreams.current(), batch, drawn[sent:]))
+            self._send(Message(GeneratorStates.current(), batch, drawn[sent:]))
             sent = len(drawn)
             yield batch
         else:
             if training:
                 self._agree(False)
-        self._send(Message(RandomStreams.current(), is_end=True))
+        self._send(Message(GeneratorStates.current(), is_end=True))
 
     def _receive(self, drawn: List[object]) -> Iterator[object]:
         while True:
             message = self._next_message()
-            message.streams.restore()
+            message.generators.restore()
             if message.is_end:
                 return
             drawn += message.indices

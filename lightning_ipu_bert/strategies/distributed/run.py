@@ -16,6 +16,7 @@ from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.strategies.distributed import mesh as collectives
 from lightning_ipu_bert.strategies.distributed import weights
 from lightning_ipu_bert.strategies.distributed.executor import TorchPipelineExecutor
+from lightning_ipu_bert.strategies.distributed.generators import ReplicaGenerators
 from lightning_ipu_bert.strategies.distributed.hooks import RunHooks
 from lightning_ipu_bert.strategies.distributed.launch.failure import report
 from lightning_ipu_bert.strategies.distributed.launch.ranks import Ranks
@@ -30,7 +31,6 @@ from lightning_ipu_bert.strategies.distributed.optimizer_states import (
 from lightning_ipu_bert.strategies.distributed.precision import GlobalNorm, connect, loss_scale
 from lightning_ipu_bert.strategies.distributed.reading import ReplicaReader
 from lightning_ipu_bert.strategies.distributed.stage import Stage
-from lightning_ipu_bert.strategies.distributed.streams import ReplicaStreams
 from lightning_ipu_bert.strategies.distributed.throughput import count_replicas
 
 
@@ -66,9 +66,9 @@ class Run:
         """By id of the optimizer."""
         self.norms = norms
         self.reader = ReplicaReader(self.mesh, device)
-        self.streams = ReplicaStreams(self.mesh, self.reader, ranks.loaded_streams)
-        ranks.loaded_streams = []
-        self.hooks = RunHooks(self.mesh, self.streams, self.load_all)
+        self.generators = ReplicaGenerators(self.mesh, self.reader, ranks.loaded_generators)
+        ranks.loaded_generators = []
+        self.hooks = RunHooks(self.mesh, self.generators, self.load_all)
         self.signals = signals_of_ranks(ranks.environment, device, ranks.end_at_once)
         self._has_all = False  # whether the module has the weights of all stages
         self.failed = False

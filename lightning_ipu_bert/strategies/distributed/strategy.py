@@ -20,13 +20,13 @@ from lightning_ipu_bert.pipeline.facts import StrategyFacts
 from lightning_ipu_bert.strategies.arguments import pipeline_config, plan_fields, suggest_names
 from lightning_ipu_bert.strategies.distributed import mesh
 from lightning_ipu_bert.strategies.distributed.checks import is_training
+from lightning_ipu_bert.strategies.distributed.generators import generators_in
 from lightning_ipu_bert.strategies.distributed.gradients import averaged_after
 from lightning_ipu_bert.strategies.distributed.launch.ranks import Launcher, Ranks
 from lightning_ipu_bert.strategies.distributed.mesh import Group
 from lightning_ipu_bert.strategies.distributed.norms import GradientNorms
 from lightning_ipu_bert.strategies.distributed.precision import for_pipeline
 from lightning_ipu_bert.strategies.distributed.run import Run, report_failure
-from lightning_ipu_bert.strategies.distributed.streams import streams_in
 from lightning_ipu_bert.training.termination import InterruptedBetweenSteps
 
 T = TypeVar("T")
@@ -213,7 +213,7 @@ class PipelineParallelStrategy(ParallelStrategy):
     @override
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:
         checkpoint: Dict[str, Any] = super().load_checkpoint(*args, **kwargs)
-        self._ranks.loaded_streams = streams_in(checkpoint)
+        self._ranks.loaded_generators = generators_in(checkpoint)
         return checkpoint
 
     @override

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_ipu_bert import PipelineModule
-from lightning_ipu_bert.training.random_streams import seed_streams
+from lightning_ipu_bert.training.random_states import seed_generators
 
 PLANS = {
     "2x1": {"layers_per_stage": [1, 1], "gradient_accumulation_steps": 2},
@@ -57,7 +57,7 @@ class Project(PipelineModule, pl.LightningModule):
 
     def __init__(self):
         super().__init__()
-        seed_streams(4)
+        seed_generators(4)
         self.layers = nn.ModuleList([nn.Linear(4, 6), nn.Linear(6, 3)])
         self.losses = []
 

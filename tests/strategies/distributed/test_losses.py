@@ -92,18 +92,6 @@ class Heads(Project):
         return hidden
 
 
-@needs_pipelining
-def test_a_gradient_of_some_replicas_counts_as_zero_on_the_others(tmp_path):
-    # Neighbors go to different replicas: in the first batch each has another head.
-    tasks = torch.tensor([0, 1] * 4 + [0, 2] * 4 + [1, 1] * 4 + [2, 0] * 4)
-    examples = table(task=tasks)
-    losses, weights, _ = fit("auto", tmp_path, Heads, examples)
-    for name in PLANS:
-        results = fit_ranks(name, tmp_path, Heads, examples)
-        assert results[0][0] == pytest.approx(losses, rel=1e-5)
-        assert_close([state for _, state, _ in results], weights)
-
-
 class Dropping(Heads):
     """LayerDrop by the batch: a layer that is not run anywhere has no gradient."""
 
@@ -116,14 +104,22 @@ class Dropping(Heads):
         return self.layers[1][0](hidden) if "layers.1" in blocks else hidden
 
 
+# Neighbors go to different replicas: in the first batch of Heads each has another head.
+TASKS = {
+    Heads: [0, 1] * 4 + [0, 2] * 4 + [1, 1] * 4 + [2, 0] * 4,
+    Dropping: [1] * 8 + [0] * 8 + [1] * 16,
+}
+
+
 @needs_pipelining
-def test_a_layer_that_nobody_runs_is_not_updated(tmp_path):
-    examples = table(task=torch.tensor([1] * 8 + [0] * 8 + [1] * 16))
-    losses, weights, _ = fit("auto", tmp_path, Dropping, examples)
-    for name in PLANS:
-        results = fit_ranks(name, tmp_path, Dropping, examples)
-        assert results[0][0] == pytest.approx(losses, rel=1e-5)
-        assert_close([state for _, state, _ in results], weights)
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("kind", TASKS)
+def test_gradients_of_some_replicas_or_of_none_equal_one_process(kind, name, tmp_path):
+    examples = table(task=torch.tensor(TASKS[kind]))
+    losses, weights, _ = fit("auto", tmp_path, kind, examples)
+    results = fit_ranks(name, tmp_path, kind, examples)
+    assert results[0][0] == pytest.approx(losses, rel=1e-5)
+    assert_close([state for _, state, _ in results], weights)
 
 
 class ClippingByHook(Project):

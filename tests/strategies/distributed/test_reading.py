@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from model_helpers import make_trainer, needs_pipelining
+from projects import Project
 from ranks import run_ranks
 from torch import nn
 from torch.utils.data import (
@@ -19,9 +20,8 @@ from torch.utils.data import (
     random_split,
 )
 
-from lightning_ipu_bert import PipelineModule
 from lightning_ipu_bert.data.loaders import ResumableDataLoader, TrainingSampler
-from lightning_ipu_bert.training.random_streams import seed_streams
+from lightning_ipu_bert.training.random_states import seed_generators
 
 pytestmark = [pytest.mark.slow, needs_pipelining]
 STAGES = {"layers_per_stage": [1, 1], "gradient_accumulation_steps": 2}
@@ -68,22 +68,13 @@ class Batches:
         return iter(self.batches)
 
 
-class Layers(PipelineModule, pl.LightningModule):
-    """Two layers; keeps of every step the loss and the examples."""
+class Layers(Project):
+    """Two layers; keeps of every step the loss, the examples and what was drawn."""
 
     def __init__(self, mixes=False):
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 1)])
-        self.mixes, self.losses, self.seen, self.draws = mixes, [], [], []
-
-    def pipeline_blocks(self):
-        return ["layers.0", "layers.1"]
-
-    def stage_forward(self, blocks, hidden, batch):
-        hidden = batch["x"] if hidden is None else hidden
-        for name in blocks:
-            hidden = torch.tanh(self.get_submodule(name)(hidden))
-        return hidden
+        self.layers[1] = nn.Linear(6, 1)
+        self.mixes, self.seen, self.draws = mixes, [], []
 
     def pipeline_loss(self, output, batch):
         return (output - batch["y"]).square().mean()
@@ -97,15 +88,10 @@ class Layers(PipelineModule, pl.LightningModule):
             share = sum(draw() for draw in DRAWS.values())
             batch = {**batch, "x": batch["x"] * share}
         self.draws.append(share if self.mixes else None)
-        loss = self.run_loss(batch)
-        self.losses.append(float(loss))
-        return loss
+        return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch, batch_idx):
         self.log("val/loss", self.pipeline_loss(self.run_output(batch), batch), sync_dist=True)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.2)
 
 
 def masked(draw):
@@ -158,7 +144,7 @@ def train(plan, folder, loader, seed, mixes=False, workers=False, **changes):
     module = Layers(mixes)
     if not workers:  # ranks differ until the run begins, as without a seed
         del os.environ["PL_GLOBAL_SEED"]
-        seed_streams(seed + (int(os.environ["LOCAL_RANK"]) if plan else 0))
+        seed_generators(seed + (int(os.environ["LOCAL_RANK"]) if plan else 0))
     made = LOADERS[loader](None) if isinstance(loader, str) else loader()
     trainer = make_trainer(folder, plan=plan, **{"max_epochs": 2, **changes})
     trainer.fit(module, made)

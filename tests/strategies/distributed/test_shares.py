@@ -15,7 +15,7 @@ from test_reading import BATCH, EXAMPLES, ONE_STAGE, REPLICAS, STAGES, Examples,
 from torch.utils.data import DataLoader, DistributedSampler, WeightedRandomSampler, random_split
 
 from lightning_ipu_bert import UserError
-from lightning_ipu_bert.training.random_streams import seed_streams
+from lightning_ipu_bert.training.random_states import seed_generators
 
 pytestmark = [pytest.mark.slow, needs_pipelining]
 
@@ -138,7 +138,7 @@ def train_uneven(folder, changes):
 
 def half(folder, plan):
     """Train on a random half of the data; return the examples that were read."""
-    seed_streams(3 + int(os.environ.get("LOCAL_RANK", 0)))  # ranks differ until the run begins
+    seed_generators(3 + int(os.environ.get("LOCAL_RANK", 0)))  # ranks differ until the run begins
     return everything_once(plan, folder, HalfOfData)
 
 

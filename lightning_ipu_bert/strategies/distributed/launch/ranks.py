@@ -21,7 +21,7 @@ from lightning_ipu_bert.strategies.distributed.checks import resolve_run
 from lightning_ipu_bert.strategies.distributed.launch.launcher import ScriptLauncher
 from lightning_ipu_bert.strategies.distributed.launch.notebook import NotebookLauncher
 from lightning_ipu_bert.strategies.distributed.mesh import Group, Mesh, broadcast, create_mesh
-from lightning_ipu_bert.training.random_streams import RandomStreams
+from lightning_ipu_bert.training.random_states import GeneratorStates
 
 Launcher = Union[ScriptLauncher, NotebookLauncher]
 
@@ -50,7 +50,7 @@ class Ranks:
         self.environment: Optional[ClusterEnvironment] = None
         """The cluster environment; None before `join`."""
         self.mesh: Optional[Mesh] = None
-        self.loaded_streams: List[RandomStreams] = []
+        self.loaded_generators: List[GeneratorStates] = []
         """Random states of the replicas in the checkpoint from which the next run resumes."""
         self._plan: Optional[Plan] = None  # of the next run
         self._ignored = ignored
@@ -128,7 +128,7 @@ class Ranks:
         self.environment = environment
         backend = self._backend or default_backend(device)
         init_process_group(environment, backend, self._timeout)
-        broadcast(RandomStreams.current()).restore()  # one random state until training starts
+        broadcast(GeneratorStates.current()).restore()  # one random state until training starts
         if self.mesh is None:
             shape = self.config.shape
             self.mesh = create_mesh(

@@ -8,20 +8,20 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 
-from lightning_ipu_bert.checkpoint_file import STREAMS_KEY
+from lightning_ipu_bert.checkpoint_file import GENERATORS_KEY
 from lightning_ipu_bert.strategies.distributed.mesh import Mesh
 from lightning_ipu_bert.strategies.distributed.reading import ReplicaReader
-from lightning_ipu_bert.training.random_streams import RandomStreams, seed_streams
+from lightning_ipu_bert.training.random_states import GeneratorStates, seed_generators
 
 
-class ReplicaStreams:
+class ReplicaGenerators:
     """Random states of the replicas of a run.
 
     Until training starts, all ranks have one random state: splits, shuffles and initial weights are
     the same. Then steps and loaders of different replicas draw different numbers.
     """
 
-    def __init__(self, mesh: Mesh, reader: ReplicaReader, loaded: List[RandomStreams]) -> None:
+    def __init__(self, mesh: Mesh, reader: ReplicaReader, loaded: List[GeneratorStates]) -> None:
         """Create the states of a run.
 
         Args:
@@ -39,13 +39,13 @@ class ReplicaStreams:
         progress = trainer.fit_loop.epoch_loop.batch_progress
         if len(states) != self.reader.num_replicas:
             if self.mesh.replica:
-                seed_streams(RandomStreams.current().seed(f"replica {self.mesh.replica}"))
+                seed_generators(GeneratorStates.current().seed(f"replica {self.mesh.replica}"))
         elif progress.current.ready and not progress.is_last_batch:
             self.reader.before_next = states[self.mesh.replica]  # resumes in the middle of an epoch
         else:
             states[self.mesh.replica].restore()
         # Steps may draw on GPUs, too: alike in a replica.
-        begin = self.reader.before_next or RandomStreams.current()
+        begin = self.reader.before_next or GeneratorStates.current()
         torch.cuda.manual_seed_all(begin.seed("devices"))
 
     def save(self, checkpoint: Dict[str, object]) -> None:
@@ -53,11 +53,11 @@ class ReplicaStreams:
         if self.mesh.pipeline_rank:
             return
         parts: List[Dict[str, object]] = [{}] * self.reader.num_replicas
-        own = RandomStreams.current()._asdict()
+        own = GeneratorStates.current()._asdict()
         dist.all_gather_object(parts, own, group=self.mesh.replica_group)
-        checkpoint[STREAMS_KEY] = parts
+        checkpoint[GENERATORS_KEY] = parts
 
 
-def streams_in(checkpoint: Dict[str, Any]) -> List[RandomStreams]:
+def generators_in(checkpoint: Dict[str, Any]) -> List[GeneratorStates]:
     """Return the states in a checkpoint; [] if it was not saved by replicas."""
-    return [RandomStreams.of(state) for state in checkpoint.get(STREAMS_KEY, [])]
+    return [GeneratorStates.of(state) for state in checkpoint.get(GENERATORS_KEY, [])]
