@@ -145,13 +145,21 @@ def references(tmp_path_factory):
     return reference
 
 
+QUICK = ("centre", "2x1", "1x2", "zero_bubble", "RTS")
+CASES = [
+    case if case in QUICK else pytest.param(case, marks=pytest.mark.slow)
+    for case in [*ONE_AT_A_TIME, *PAIRS]
+]
+
+
 @needs_pipelining
 @pytest.mark.parametrize("kind", ["bert", "language model"])
-@pytest.mark.parametrize("case", [*ONE_AT_A_TIME, *PAIRS])
+@pytest.mark.parametrize("case", CASES)
 def test_losses_gradients_and_weights_equal_one_process(kind, case, references, tmp_path):
     compare(kind, case, references, tmp_path)
 
 
+@pytest.mark.slow
 @needs_pipelining
 @pytest.mark.parametrize("kind", ["bert", "language model"])
 @pytest.mark.parametrize("case", ["centre", "1x1", "zero_bubble looped", "RTS"])
