@@ -1,21 +1,62 @@
-"""Batches and outputs of any structure: nested mappings, tuples and lists of tensors."""
+"""Batches and outputs: nested mappings, dataclasses, tuples and lists of tensors."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, Callable, Hashable, List, Mapping, MutableMapping, Optional, Sequence, Union
+from dataclasses import fields, is_dataclass
+from operator import attrgetter
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Hashable,
+    List,
+    Mapping,
+    MutableMapping,
+    Optional,
+    Tuple,
+    Union,
+)
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 from typing_extensions import TypeGuard
 
-from lightning_ipu_bert.errors import UserError
-
 Leaf = Callable[[object], object]
+Path = Tuple[object, ...]
+"""Keys and indices that lead to an entry of a structure."""
 Rows = Union[Tensor, "npt.NDArray[np.generic]"]
 """What is split along its first dimension."""
+
+
+def is_record(value: object) -> bool:
+    """Return whether a value has named entries: a mapping, dataclass or named tuple."""
+    named = isinstance(value, tuple) and hasattr(value, "_fields")  # as in the standard library
+    return isinstance(value, Mapping) or _is_dataclass(value) or named
+
+
+def entries_of(value: Any) -> Optional[Dict[object, object]]:
+    """Return the entries of a container by key, name or index; None for a leaf."""
+    if isinstance(value, Mapping):
+        return dict(value.items())
+    if _is_dataclass(value):
+        return {field.name: attrgetter(field.name)(value) for field in fields(value)}
+    return dict(enumerate(value)) if isinstance(value, (tuple, list)) else None
+
+
+def with_entries(value: Any, entries: Mapping[Any, object]) -> object:
+    """Return a container of the same type with other entries, by the keys of `entries_of`."""
+    if isinstance(value, Mapping):
+        return _like(value, entries)
+    if _is_dataclass(value):
+        result = copy.copy(value)
+        for name, entry in entries.items():
+            object.__setattr__(result, name, entry)  # the dataclass may be frozen
+        return result
+    if isinstance(value, list):
+        return list(entries.values())
+    return type(value)(*entries.values()) if is_record(value) else tuple(entries.values())
 
 
 def map_tree(
@@ -27,30 +68,29 @@ def map_tree(
     """Apply a function to every leaf of a structure.
 
     Args:
-        value: Mappings (whose type is preserved), tuples, named tuples and lists; everything else
-            is a leaf.
+        value: Mappings, dataclasses, tuples, named tuples and lists, whose types are preserved;
+            everything else is a leaf.
         function: Returns the replacement of a leaf.
         is_leaf: Returns whether a container is treated as a leaf.
         sort_keys: Visit mappings in the order of their keys and return plain dictionaries, so that
             the order of leaves does not depend on how a loader built the batch.
     """
 
-    def walk(item: object) -> Any:
+    def walk(item: object) -> object:
         if is_leaf is not None and is_leaf(item):
             return function(item)
-        if isinstance(item, Mapping):
-            if sort_keys:
-                return {key: walk(item[key]) for key in sorted(item, key=str)}
-            return _like(item, {key: walk(entry) for key, entry in item.items()})
-        if isinstance(item, tuple):
-            parts = [walk(entry) for entry in item]
-            named = hasattr(item, "_fields")  # as in the standard library
-            return type(item)(*parts) if named else tuple(parts)
-        if isinstance(item, list):
-            return [walk(entry) for entry in item]
-        return function(item)
+        entries = entries_of(item)
+        if entries is None:
+            return function(item)
+        if sort_keys and isinstance(item, Mapping):
+            return {key: walk(entries[key]) for key in sorted(entries, key=str)}
+        return with_entries(item, {key: walk(entry) for key, entry in entries.items()})
 
     return walk(value)
+
+
+def _is_dataclass(value: object) -> bool:
+    return is_dataclass(value) and not isinstance(value, type)
 
 
 def _like(mapping: Mapping[object, object], items: Mapping[object, object]) -> object:
@@ -65,9 +105,20 @@ def _like(mapping: Mapping[object, object], items: Mapping[object, object]) -> o
 
 def leaves_of(value: object) -> List[object]:
     """Return the leaves of a structure, in order."""
-    found: List[object] = []
-    map_tree(value, found.append)
-    return found
+    entries = entries_of(value)
+    if entries is None:
+        return [value]
+    return [leaf for entry in entries.values() for leaf in leaves_of(entry)]
+
+
+def paths_of(value: object, path: Path = ()) -> Dict[Path, object]:
+    """Return the leaves of a structure by the keys and indices that lead to them."""
+    entries = entries_of(value)
+    if entries is None:
+        return {path: value}
+    return {
+        k: v for key, entry in entries.items() for k, v in paths_of(entry, (*path, key)).items()
+    }
 
 
 def tensors_of(value: object) -> List[Tensor]:
@@ -80,66 +131,6 @@ def has_rows(value: object) -> TypeGuard[Rows]:
     return isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0
 
 
-def count_examples(batch: object) -> int:
-    """Return the first dimension of the first tensor in a batch; of an array if there is none.
-
-    Raises:
-        UserError: If there is no tensor or array with a dimension.
-    """
-    arrays = [leaf for leaf in leaves_of(batch) if has_rows(leaf)]
-    for rows in [*(x for x in arrays if isinstance(x, Tensor)), *arrays]:
-        return len(rows)
-    raise UserError(
-        f"A batch of type {type(batch).__name__} has no tensor, so its examples cannot be counted "
-        "and split into micro-batches. The loader must return tensors or structures of tensors."
-    )
-
-
-def split_batch(batch: object, examples: int, size: int) -> List[object]:
-    """Split a batch into micro-batches of `size` examples; a smaller remainder is left out.
-
-    Tensors and arrays with `examples` rows are split, and lists and tuples with an entry for every
-    example. Everything else is in every micro-batch.
-    """
-
-    def has_entries(value: object) -> TypeGuard[Sequence[object]]:
-        """Return whether a list or tuple has an entry for every example, and is no structure."""
-        if not isinstance(value, (list, tuple)) or len(value) != examples:
-            return False
-        if all(isinstance(entry, Mapping) for entry in value):
-            return True
-        return not any(has_rows(leaf) and len(leaf) == examples for leaf in leaves_of(value))
-
-    def part(first: int) -> object:
-        rows = slice(first, first + size)
-
-        def cut(value: object) -> object:
-            if has_rows(value):
-                return value[rows] if len(value) == examples else value
-            return value[rows] if has_entries(value) else value
-
-        return map_tree(batch, cut, has_entries)
-
-    return [part(first) for first in range(0, examples - size + 1, size)]
-
-
 def shape_key(batch: object) -> Hashable:
     """Return a key that is equal for batches whose stages exchange tensors of the same shapes."""
     return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(batch))
-
-
-def join_outputs(parts: Sequence[object], examples: Optional[int] = None) -> object:
-    """Concatenate the outputs of micro-batches along the examples; scalars are averaged.
-
-    Args:
-        parts: Outputs of the same structure.
-        examples: Number of examples to keep if the last part was padded; None keeps all.
-    """
-    joined = iter([_join(leaves, examples) for leaves in zip(*map(tensors_of, parts))])
-    return map_tree(parts[0], lambda leaf: next(joined) if isinstance(leaf, Tensor) else leaf)
-
-
-def _join(parts: Sequence[Tensor], examples: Optional[int]) -> Tensor:
-    if not parts[0].dim():
-        return torch.stack(list(parts)).mean()
-    return torch.cat(list(parts))[:examples]

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from lightning_ipu_bert._compat.lightning import trainer_of
-from lightning_ipu_bert.batch_trees import tensors_of
+from lightning_ipu_bert.batch_trees import map_tree, tensors_of
 from lightning_ipu_bert.errors import UserError
 
 
@@ -25,6 +25,11 @@ def no_loss(output: object) -> Tensor:
     return sum((total.nan_to_num(0.0, 0.0, 0.0) * 0 for total in sums), torch.zeros(()))
 
 
+def detached(output: object) -> object:
+    """Return an output whose tensors have no gradients."""
+    return map_tree(output, lambda x: x.detach() if isinstance(x, Tensor) else x)
+
+
 def loss_of(module: Any, output: object, batch: object, weighted: bool) -> Tensor:
     """Return the loss of a batch in this process.
 
@@ -36,7 +41,27 @@ def loss_of(module: Any, output: object, batch: object, weighted: bool) -> Tenso
     """
     if weighted and not float(module.batch_weight(batch)):
         return no_loss(output)
-    loss: Tensor = module.pipeline_loss(output, batch)
+    return checked_loss(module, output, batch)
+
+
+def checked_loss(module: Any, output: object, batch: object) -> Tensor:
+    """Return the loss of a batch, which must be a scalar.
+
+    Args:
+        module: A `PipelineModule`.
+        output: Output of its last block.
+        batch: The batch.
+
+    Raises:
+        UserError: If it is something else, e.g. one loss per example.
+    """
+    loss = module.pipeline_loss(output, batch)
+    if not isinstance(loss, Tensor) or loss.dim():
+        what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise UserError(
+            f"{type(module).__name__}.pipeline_loss returns {what}, but must return a scalar "
+            "tensor: the mean over the examples of the micro-batch, e.g. loss.mean()."
+        )
     return loss
 
 

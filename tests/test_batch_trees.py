@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_ipu_bert import UserError
-from lightning_ipu_bert.batch_trees import count_examples, split_batch
+from lightning_ipu_bert.examples import count_examples, split_batch
 from lightning_ipu_bert.strategies.distributed.loaders import check_examples
 
 

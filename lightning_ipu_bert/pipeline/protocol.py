@@ -17,6 +17,9 @@ class PipelineExecutor(Protocol):
     def output(self, batch: Any) -> Any:
         """Return the output of the last block for the full batch, on every rank."""
 
+    def loss_and_output(self, batch: Any) -> Tuple[Any, Any]:
+        """Return the loss, as `loss` does, and the detached output, without a second forward."""
+
 
 class PipelineModule:
     """Mixin for a LightningModule that can be pipelined.
@@ -90,11 +93,11 @@ class PipelineModule:
         Returns:
             A number, or a tensor with one value; 0 or more.
         """
-        from lightning_ipu_bert.batch_trees import count_examples
+        from lightning_ipu_bert.examples import count_examples
 
         return count_examples(batch)
 
-    def run_loss(self, batch: Any) -> Any:
+    def run_loss(self, batch: Any, return_output: bool = False) -> Any:
         """Return the loss of the global batch, whose `backward` sets the gradients of every block.
 
         The losses of micro-batches, replicas and processes count by their `batch_weight`, so that
@@ -103,12 +106,21 @@ class PipelineModule:
 
         A pipeline strategy runs forward and backward of all stages inside this call. The loss may
         be multiplied by a factor; other functions of it do not reach the gradients.
+
+        Args:
+            batch: The batch.
+            return_output: Whether to return the loss and the output of the last block for the
+                batch, detached, e.g. for metrics. It costs no second forward.
         """
+        if self.pipeline_executor is not None and return_output:
+            return self.pipeline_executor.loss_and_output(batch)
         if self.pipeline_executor is not None:
             return self.pipeline_executor.loss(batch)
-        from lightning_ipu_bert.global_loss import global_loss
+        from lightning_ipu_bert.global_loss import detached, global_loss
 
-        return global_loss(self, self.run_output(batch), batch, has_own_weights(self))
+        output = self.run_output(batch)
+        loss = global_loss(self, output, batch, has_own_weights(self))
+        return (loss, detached(output)) if return_output else loss
 
     def run_output(self, batch: Any) -> Any:
         """Return the output of the last block; a pipeline strategy runs without gradients."""

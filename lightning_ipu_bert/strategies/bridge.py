@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,8 @@ def bridged_to(loss: Tensor, install: Callable[[Tensor], None]) -> Tensor:
 
 
 def take_gradients(
-    parameters: List[nn.Parameter], run: Callable[[], Optional[Tensor]]
-) -> Tuple[Optional[Tensor], Gradients]:
+    parameters: List[nn.Parameter], run: Callable[[], Tensor]
+) -> Tuple[Tensor, Gradients]:
     """Return the value of `run` and the gradients it computes; earlier gradients are restored."""
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import random
 from contextlib import ExitStack, contextmanager
-from typing import Any, Callable, Hashable, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Hashable, Iterator, List, Tuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_ipu_bert.batch_trees import join_outputs, tensors_of
+from lightning_ipu_bert.examples import EntryMemo
 from lightning_ipu_bert.global_loss import loss_of
 from lightning_ipu_bert.pipeline.plan import Plan
 from lightning_ipu_bert.pipeline.protocol import has_own_weights
 from lightning_ipu_bert.strategies.bridge import bridged, take_gradients
-from lightning_ipu_bert.strategies.distributed.boundaries import Boundaries, shapes_of, zeros_like
+from lightning_ipu_bert.strategies.distributed.boundaries import Boundaries
 from lightning_ipu_bert.strategies.distributed.embeddings import accumulated_in_place
 from lightning_ipu_bert.strategies.distributed.fingerprints import BatchComparison
+from lightning_ipu_bert.strategies.distributed.logged import LoggedValues
 from lightning_ipu_bert.strategies.distributed.mesh import Mesh
 from lightning_ipu_bert.strategies.distributed.micro_batches import (
+    MicroBatches,
     least_size,
     loss_weights,
-    mean_over_replicas,
     micro_batches_of,
+    of_other_size,
 )
+from lightning_ipu_bert.strategies.distributed.outputs import OutputExchange
 from lightning_ipu_bert.strategies.distributed.stage import ScheduleCall, Stage
 from lightning_ipu_bert.strategies.distributed.torch_schedule import build_schedule, chunked
+
+SCHEDULES_KEPT = 4
+"""Schedules with their buffers: training and evaluation, and alternating sets of parameters."""
 
 
 class TorchPipelineExecutor:
@@ -69,7 +75,10 @@ class TorchPipelineExecutor:
         """Index of the current batch, and how often its loss was computed."""
         self.boundaries = Boundaries(model, stages, plan, mesh, device)
         self.compare = BatchComparison(mesh.data_group, batches_done)
-        self._schedule: Tuple[Hashable, object] = (None, None)
+        last_rank = mesh.global_rank(plan.main.ranks_per_replica - 1)
+        self._outputs = OutputExchange(mesh, last_rank, device)
+        self._entries: EntryMemo = {}
+        self._schedules: Dict[Hashable, object] = {}
 
     @property
     def parameters(self) -> List[torch.nn.Parameter]:
@@ -78,45 +87,80 @@ class TorchPipelineExecutor:
 
     def loss(self, batch: object) -> Tensor:
         """Return the loss; run all backwards, too, if gradients are enabled."""
-        weighted = has_own_weights(self.model)
+        return self._loss(batch, keeps_outputs=False)[0]
+
+    def loss_and_output(self, batch: object) -> Tuple[Tensor, object]:
+        """Return the loss, as `loss` does, and the detached output for the batch."""
+        return self._loss(batch, keeps_outputs=True)
+
+    def _loss(self, batch: object, keeps_outputs: bool) -> Tuple[Tensor, object]:
         if not torch.is_grad_enabled():
-            return loss_of(self.model, self.output(batch), batch, weighted)
+            output = self.output(batch)
+            return loss_of(self.model, output, batch, has_own_weights(self.model)), output
         self.compare(batch)
         scale = self.loss_scale()
         batch_index = self.batches_done()
         self._calls = (batch_index, self._calls[1] + 1 if self._calls[0] == batch_index else 1)
+        micro_batches = self._split(batch, self._least_size)
+        schedule, call = self._prepared(micro_batches, training=True)
+        call.keeps_outputs = keeps_outputs
+        call.loss_weights = loss_weights(self.model, micro_batches, self.mesh, self.device)
+        call.scale = scale
         with self._random_stream():
-            total, gradients = take_gradients(self.parameters, lambda: self._train(batch, scale))
-        return bridged(self._from_last_stage(total), gradients, scale)
+            total, gradients = take_gradients(
+                self.parameters, lambda: self._train(schedule, call, scale)
+            )
+        output = self._everywhere(call, micro_batches, batch) if keeps_outputs else None
+        return bridged(total, gradients, scale), output
 
     def output(self, batch: object) -> object:
         """Return the output of the last block for the batch, on every rank of the replica."""
         self.compare(batch)
         micro_batches = self._split(batch)
-        call = ScheduleCall(micro_batches)
         with torch.no_grad():
-            schedule = self._schedule_for(micro_batches, training=False)
+            schedule, call = self._prepared(micro_batches, training=False)
             with self._stages_in(call):
-                schedule.eval(**chunked(len(micro_batches)))
-        return self._broadcast_output(join_outputs(call.outputs) if call.outputs else None)
+                schedule.eval(**chunked(len(micro_batches.parts)))
+            return self._everywhere(call, micro_batches, batch)
 
-    def _train(self, batch: object, scale: float) -> Any:
-        """Run the schedule; return the loss on the rank of the last stage, else None."""
-        micro_batches = self._split(batch, self._least_size)
-        schedule = self._schedule_for(micro_batches, training=True)
-        weights = loss_weights(self.model, micro_batches, self.mesh, self.device)
-        call = ScheduleCall(micro_batches, [scale * weight for weight in weights])
+    def _train(self, schedule: Any, call: ScheduleCall, scale: float) -> Tensor:
+        """Run the schedule, log what stages log, and return the loss of the global batch."""
         losses: List[Tensor] = []
+        logged = LoggedValues(call)
         first = [stage for stage in self.stages if stage.index == 0]
-        with self._stages_in(call), accumulated_in_place(first):
-            schedule.step(losses=losses, **chunked(len(micro_batches)))
-        if not losses:
-            return None
-        total = torch.stack([loss.detach() for loss in losses]).sum() / scale
-        return mean_over_replicas(total, self.mesh)
+        with self._stages_in(call), accumulated_in_place(first), logged.collected_from(self.model):
+            schedule.step(losses=losses, **chunked(len(call.micro_batches)))
+        total, is_logged = self._add_up(losses, scale, len(logged))
+        if is_logged:
+            logged.log_everywhere(self.model)
+        return total
 
-    def _split(self, batch: object, least: int = 1) -> List[object]:
-        return micro_batches_of(batch, self.plan.main.batches.gradient_accumulation_steps, least)
+    def _add_up(self, losses: List[Tensor], scale: float, logged: int) -> Tuple[Tensor, bool]:
+        """Return the loss of the global batch, and whether any rank has logged a value."""
+        both = torch.zeros(2, device=self.device)  # float32 on all ranks, by any default dtype
+        if losses:
+            both[0] = torch.stack([loss.detach() for loss in losses]).sum() / scale
+            both[0] /= dist.get_world_size(self.mesh.replica_group)
+        both[1] = logged
+        dist.all_reduce(both)
+        return both[0], bool(both[1])
+
+    def _everywhere(self, call: ScheduleCall, micro_batches: MicroBatches, batch: object) -> object:
+        """Return the output for the batch on every rank of the replica."""
+        last = [stage for stage in self.stages if stage.is_last]
+        other = of_other_size(micro_batches, batch, self._entries)
+
+        def other_output() -> object:
+            self.boundaries.of(other, training=False)
+            return self.boundaries.output(last[0], other) if last else None
+
+        with torch.no_grad():
+            outputs = [call.outputs[number] for number in sorted(call.outputs)]
+            return self._outputs.everywhere(outputs, micro_batches.size, other_output)
+
+    def _split(self, batch: object, least: int = 1) -> MicroBatches:
+        steps = self.plan.main.batches.gradient_accumulation_steps
+        return micro_batches_of(batch, steps, least, self._entries)
 
     @contextmanager
     def _stages_in(self, call: ScheduleCall) -> Iterator[None]:
@@ -125,38 +169,19 @@ class TorchPipelineExecutor:
                 stack.enter_context(stage.in_call(call))
             yield
 
-    def _schedule_for(self, micro_batches: Sequence[object], training: bool) -> Any:
-        """Return the schedule for micro-batches; each shape of tensors needs another one."""
-        key = (len(micro_batches), self.boundaries.key(micro_batches[0], training))
-        if self._schedule[0] != key:
-            shapes = self.boundaries.of(micro_batches[0], training)
-            group, number = self.mesh.pipeline_group, len(micro_batches)
-            schedule = build_schedule(self.plan, self.stages, shapes, number, self.device, group)
-            self._schedule = (key, schedule)
-        return self._schedule[1]
-
-    @property
-    def _last_rank(self) -> int:
-        """Global rank of the last stage of this replica."""
-        return self.mesh.global_rank(self.plan.main.ranks_per_replica - 1)
-
-    def _from_last_stage(self, value: Any) -> Tensor:
-        """Return a scalar of the last stage on every rank of the replica."""
-        if value is None:
-            value = torch.zeros((), device=self.device)
-        value = value.float()  # the same dtype on all ranks, independent of the default dtype
-        dist.broadcast(value, self._last_rank, self.mesh.pipeline_group)
-        return torch.as_tensor(value)
-
-    def _broadcast_output(self, output: object) -> object:
-        """Return the output of the last stage on every rank of the replica."""
-        object_list = [None if output is None else shapes_of(output)]
-        dist.broadcast_object_list(object_list, self._last_rank, self.mesh.pipeline_group)
-        if output is None:
-            output = zeros_like(object_list[0], self.device)
-        for tensor in tensors_of(output):
-            dist.broadcast(tensor, self._last_rank, self.mesh.pipeline_group)
-        return output
+    def _prepared(self, micro_batches: MicroBatches, training: bool) -> Tuple[Any, ScheduleCall]:
+        """Return the schedule for micro-batches of these shapes, and a call of it."""
+        parts, size = micro_batches
+        hidden_states = self.boundaries.of(parts[0], training)
+        key = (len(parts), self.boundaries.key(parts[0], training))
+        if key not in self._schedules:
+            while len(self._schedules) >= SCHEDULES_KEPT:
+                del self._schedules[next(iter(self._schedules))]
+            group, number = self.mesh.pipeline_group, len(parts)
+            self._schedules[key] = build_schedule(
+                self.plan, self.stages, hidden_states, number, self.device, group
+            )
+        return self._schedules[key], ScheduleCall(parts, hidden_states, size)
 
     @contextmanager
     def _random_stream(self) -> Iterator[None]:

@@ -12,8 +12,9 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_ipu_bert._compat.datasets import share_of
 from lightning_ipu_bert._compat.loaders import with_sampler
-from lightning_ipu_bert.batch_trees import count_examples, has_rows, leaves_of
+from lightning_ipu_bert.batch_trees import has_rows, leaves_of
 from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.examples import count_examples
 from lightning_ipu_bert.pipeline.batches import BatchAlgebra, batch_size_rule
 from lightning_ipu_bert.pipeline.rules import Violation, enforce
 

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from typing import List
+from typing import List, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_ipu_bert.batch_trees import count_examples, split_batch
+from lightning_ipu_bert.examples import EntryMemo, count_examples, split_batch
 from lightning_ipu_bert.pipeline.batches import equal_micro_batches
-from lightning_ipu_bert.pipeline.protocol import PipelineModule
+from lightning_ipu_bert.pipeline.protocol import PipelineModule, has_own_weights
 from lightning_ipu_bert.strategies.distributed.mesh import Mesh
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+class MicroBatches(NamedTuple):
+    """The micro-batches of a batch, which have the same size."""
+
+    parts: List[object]
+    size: int
+    """Examples of a micro-batch."""
+
+
 def micro_batches_of(
-    batch: object, gradient_accumulation_steps: int, least: int = 1
-) -> List[object]:
+    batch: object,
+    gradient_accumulation_steps: int,
+    least: int = 1,
+    memo: Optional[EntryMemo] = None,
+) -> MicroBatches:
     """Split a batch into micro-batches of equal size.
 
     Args:
@@ -27,8 +38,9 @@ def micro_batches_of(
         gradient_accumulation_steps: Planned number of micro-batches.
         least: Least size of a micro-batch: 2 for training with BatchNorm, which has no variance of
             one example. The last examples are left out where there is no such size.
+        memo: See `split_batch`.
     """
-    examples = count_examples(batch)
+    examples = count_examples(batch, memo)
     planned = max(-(-examples // gradient_accumulation_steps), least)
     sizes = (equal_micro_batches(used, planned)[1] for used in range(examples, 0, -1))
     size = next((size for size in sizes if size >= least), 1)
@@ -38,7 +50,20 @@ def micro_batches_of(
             f" which BatchNorm needs: the last {examples % size} of it is not trained on. Set "
             "drop_last=True in the loader to leave out all of it."
         )
-    return split_batch(batch, examples, size)
+    return MicroBatches(split_batch(batch, examples, size, memo), size)
+
+
+def of_other_size(micro_batches: MicroBatches, batch: object, memo: EntryMemo) -> object:
+    """Return a micro-batch with another number of examples, if the batch has more than one.
+
+    Args:
+        micro_batches: The micro-batches.
+        batch: The batch.
+        memo: See `split_batch`.
+    """
+    examples, size = count_examples(batch, memo), micro_batches.size
+    other = size - 1 if size > 1 else 2
+    return split_batch(batch, examples, other, memo)[0] if other <= examples else batch
 
 
 def least_size(model: nn.Module) -> int:
@@ -47,7 +72,7 @@ def least_size(model: nn.Module) -> int:
 
 
 def loss_weights(
-    model: PipelineModule, micro_batches: List[object], mesh: Mesh, device: torch.device
+    model: PipelineModule, micro_batches: MicroBatches, mesh: Mesh, device: torch.device
 ) -> List[float]:
     """Return the weights of the losses of micro-batches in the gradient of this replica.
 
@@ -60,15 +85,10 @@ def loss_weights(
         mesh: Mesh coordinates and groups of this rank.
         device: Device of the collectives.
     """
-    weights = [float(model.batch_weight(micro_batch)) for micro_batch in micro_batches]
+    weights = [float(micro_batches.size)] * len(micro_batches.parts)
+    if has_own_weights(model):
+        weights = [float(model.batch_weight(micro_batch)) for micro_batch in micro_batches.parts]
     total = torch.tensor(sum(weights), dtype=torch.float64, device=device)
     dist.all_reduce(total, group=mesh.replica_group)
     replicas = dist.get_world_size(mesh.replica_group)
     return [weight * replicas / float(total) if weight else 0.0 for weight in weights]
-
-
-def mean_over_replicas(loss: Tensor, mesh: Mesh) -> Tensor:
-    """Return the loss of the global batch from those of the replicas."""
-    loss = loss.float()  # the same dtype on all ranks, independent of the default dtype
-    dist.all_reduce(loss, group=mesh.replica_group)
-    return loss / dist.get_world_size(mesh.replica_group)

@@ -85,7 +85,7 @@ class Run:
         connect(precision, self.norms, collectives.world())
         self.module.pipeline_executor = TorchPipelineExecutor(
             self.module,
-            [Stage(self.module, self.plan, index) for index in self.stages],
+            [Stage(self.module, self.plan, index, self.device) for index in self.stages],
             self.plan,
             self.mesh,
             self.device,

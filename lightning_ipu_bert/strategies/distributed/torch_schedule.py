@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_ipu_bert.pipeline.plan import Plan
 from lightning_ipu_bert.pipeline.schedules import SCHEDULES, torch_class_of
-from lightning_ipu_bert.strategies.distributed.boundaries import TensorShape
+from lightning_ipu_bert.strategies.distributed.hidden_states import HiddenStates
 from lightning_ipu_bert.strategies.distributed.mesh import Group
 from lightning_ipu_bert.strategies.distributed.stage import Stage
 
@@ -17,7 +17,7 @@ from lightning_ipu_bert.strategies.distributed.stage import Stage
 def build_schedule(
     plan: Plan,
     stages: List[Stage],
-    boundaries: Sequence[Sequence[TensorShape]],
+    hidden_states: Sequence[HiddenStates],
     number: int,
     device: torch.device,
     group: Group,
@@ -30,7 +30,7 @@ def build_schedule(
     Args:
         plan: The plan of the run.
         stages: The stages on this rank.
-        boundaries: Input shapes of all stages.
+        hidden_states: What all stages receive.
         number: Number of micro-batches.
         device: Device of this rank.
         group: The ranks of this replica.
@@ -48,10 +48,10 @@ def build_schedule(
             stage.index,
             pipeline.num_stages,
             device,
-            input_args=tuple(shape.zeros(device) for shape in boundaries[stage.index]),
+            input_args=hidden_states[stage.index].zeros(device),
             output_args=(scalar,)
             if stage.is_last
-            else tuple(shape.zeros(device) for shape in boundaries[stage.index + 1]),
+            else hidden_states[stage.index + 1].zeros(device),
             group=group,
         )
         for stage in stages

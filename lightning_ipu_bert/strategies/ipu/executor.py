@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_ipu_bert.batch_trees import count_examples, join_outputs
 from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.examples import count_examples, join_outputs
 from lightning_ipu_bert.global_loss import loss_of
 from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 from lightning_ipu_bert.pipeline.ipu.program import ProgramConfig
@@ -125,7 +125,7 @@ class IPUExecutor:
                 as_float32(program.poplar(*padded(tensors, first, size)))
                 for first in range(0, examples, size)
             ]
-        return join_outputs(parts, examples)
+        return join_outputs(parts, examples=examples)
 
     def compile_training(self, batch: object) -> CompiledProgram:
         """Compile the training program for batches like this one."""

@@ -26,6 +26,12 @@ PLANS = {
         "gradient_accumulation_steps": 2,
     },
 }
+VARIANTS = {
+    "zero_bubble": {**PLANS["2x1"], "schedule": "zero_bubble"},
+    "recomputed": {**PLANS["2x1"], "recompute_checkpoint_every_layer": True},
+}
+WORLD = {"auto": 1, "ddp": 2, "2x2": 4}
+"""Processes; two for other plans."""
 BATCH = 8
 """Examples of a global batch."""
 
@@ -82,9 +88,14 @@ class Project(PipelineModule, pl.LightningModule):
         return self.optimizer(self.parameters(), lr=self.learning_rate)
 
 
+def plan_of(name):
+    """The plan of a name; None for those of plain runs."""
+    return {**PLANS, **VARIANTS}.get(name)
+
+
 def loader_of(name, trainer, examples):
     """Return global batches in order, of which a replica or process has its share."""
-    share = {"replication_factor": 2} if name == "ddp" else PLANS.get(name)
+    share = {"replication_factor": 2} if name == "ddp" else plan_of(name)
     return ordered_loader(examples, BATCH, trainer, share)
 
 
@@ -100,7 +111,7 @@ def fit(name, folder, kind, examples=None, report=lambda module: None, **changes
         changes: Arguments of the Trainer.
     """
     warnings.simplefilter("ignore")
-    module, plan = kind(), PLANS.get(name)
+    module, plan = kind(), plan_of(name)
     ddp = {"strategy": "ddp", "devices": 2} if name == "ddp" else {}
     trainer = make_trainer(folder, plan=plan, **{"max_epochs": 1, **ddp, **changes})
     trainer.fit(module, loader_of(name, trainer, examples or table()))
@@ -110,8 +121,7 @@ def fit(name, folder, kind, examples=None, report=lambda module: None, **changes
 
 def fit_ranks(name, folder, kind, *args, **changes):
     """Train as the ranks of a plan, or as processes of DDP; return what each of them did."""
-    world = {"ddp": 2, "2x1": 2, "1x2": 2, "2x2": 4}[name]
-    return run_ranks(world, partial(fit, name, folder, kind, *args, **changes))
+    return run_ranks(WORLD.get(name, 2), partial(fit, name, folder, kind, *args, **changes))
 
 
 def assert_close(states, expected):

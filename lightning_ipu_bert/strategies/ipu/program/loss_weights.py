@@ -11,8 +11,8 @@ from typing import List, Optional, Sequence
 import torch
 from torch import Tensor
 
-from lightning_ipu_bert.batch_trees import split_batch
 from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.examples import split_batch
 from lightning_ipu_bert.pipeline.batches import BatchAlgebra
 from lightning_ipu_bert.pipeline.protocol import PipelineModule
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_ipu_bert._compat.lightning import on_device
-from lightning_ipu_bert.batch_trees import count_examples, map_tree, tensors_of
+from lightning_ipu_bert.batch_trees import map_tree, tensors_of
 from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.examples import count_examples
 from lightning_ipu_bert.pipeline.protocol import PipelineModule
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 

@@ -1,0 +1,139 @@
+"""Values that a module logs while its stages run, on one rank and once per micro-batch.
+
+`self.log` in `stage_forward` or `pipeline_loss` is collected, averaged over micro-batches and
+replicas by the weights of their losses, and logged once, with the same value on every rank.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Union
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.strategies.distributed.stage import ScheduleCall
+
+REDUCTIONS: Dict[str, Callable[[List[float]], float]] = {"sum": sum, "max": max, "min": min}
+"""How values of micro-batches are combined, besides by a weighted mean."""
+PASSED_ON = ("prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx", "rank_zero_only")
+"""Options of `log`; the others are about combining values, which is done here."""
+
+
+class Entry(NamedTuple):
+    """A value that was logged for a micro-batch."""
+
+    name: str
+    value: Union[float, Tensor]
+    stage: int
+    weight: float
+    """Weight of the micro-batch."""
+    examples: int
+    reduction: str
+    options: Mapping[str, object]
+
+
+class LoggedValues:
+    """What the stages of this rank log during one call of a schedule."""
+
+    def __init__(self, call: ScheduleCall) -> None:
+        """Create an object without values.
+
+        Args:
+            call: The call, which knows the current micro-batch.
+        """
+        self._call = call
+        self._entries: List[Entry] = []
+
+    def __len__(self) -> int:
+        """Return how many values were logged."""
+        return len(self._entries)
+
+    @contextmanager
+    def collected_from(self, model: Any) -> Iterator[None]:
+        """Collect what a module logs within the context, instead of logging it."""
+        with replaced_log(model, self._collect):
+            yield
+
+    def _collect(self, *args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(LightningModule.log).bind(None, *args, **kwargs)
+        bound.apply_defaults()
+        given, call = bound.arguments, self._call
+        if isinstance(given["value"], (Metric, MetricCollection)):
+            raise UserError(
+                f"self.log({given['name']!r}) in pipeline_loss or stage_forward is given a metric, "
+                "which exists on one stage only. Update and log it in training_step, with "
+                "loss, output = self.run_loss(batch, return_output=True)."
+            )
+        self._entries.append(
+            Entry(
+                given["name"],
+                given["value"].detach() if isinstance(given["value"], Tensor) else given["value"],
+                call.stage,
+                call.loss_weights[call.current],
+                given["batch_size"] or call.size,
+                str(getattr(given["reduce_fx"], "__name__", given["reduce_fx"])),
+                {name: given[name] for name in PASSED_ON},
+            )
+        )
+
+    def log_everywhere(self, model: Any) -> None:
+        """Log the values of all ranks on this one; all ranks must call it."""
+        own = [entry._replace(value=float(entry.value)) for entry in self._entries]
+        parts: List[List[Entry]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(parts, own)
+        for entries in by_name(parts):
+            model.log(
+                entries[0].name,
+                combined(entries),
+                batch_size=sum(entry.examples for entry in entries),
+                reduce_fx=entries[0].reduction,
+                **entries[0].options,
+            )
+
+
+def by_name(parts: List[List[Entry]]) -> List[List[Entry]]:
+    """Return the values of every name; if several stages log a name, those of the last."""
+    found: Dict[str, List[Entry]] = {}
+    for entry in (entry for part in parts for entry in part):
+        found.setdefault(entry.name, []).append(entry)
+    last = {name: max(entry.stage for entry in entries) for name, entries in found.items()}
+    return [[e for e in found[name] if e.stage == last[name]] for name in found]
+
+
+def combined(entries: List[Entry]) -> float:
+    """Return the value of the global batch from those of its micro-batches."""
+    reduction = REDUCTIONS.get(entries[0].reduction)
+    if reduction is not None:
+        return reduction([float(entry.value) for entry in entries])
+    total = sum(entry.weight for entry in entries)
+    weighted = sum(float(e.value) * (e.weight if total else 1.0) for e in entries)
+    return weighted / (total or len(entries))
+
+
+@contextmanager
+def replaced_log(model: Any, log: Callable[..., None]) -> Iterator[None]:
+    """Replace `model.log` within the context."""
+    before = vars(model).get("log")
+    model.log = log
+    try:
+        yield
+    finally:
+        del model.log  # restores the method of the class
+        if before is not None:
+            model.log = before
+
+
+@contextmanager
+def unlogged(model: Any) -> Iterator[None]:
+    """Log nothing within the context."""
+
+    def nothing(*_: object, **__: object) -> None:
+        """Do nothing."""
+
+    with replaced_log(model, nothing):
+        yield
