@@ -1,6 +1,5 @@
 """Batches, hidden states and outputs of any structure, beside one process."""
 
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -169,14 +168,13 @@ class Custom(Hiding):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Changing, r"returns hidden states\[1\] with .* for this micro-batch, but -?0"),
+        (Changing, r"returns hidden states\[1\] with .* for this micro-batch, but -?\d"),
         (Custom, "returns an object of type object, which cannot be sent"),
     ],
 )
-def test_hidden_states_that_the_next_stage_cannot_have_are_refused(kind, message, tmp_path, capfd):
-    with pytest.raises(AssertionError):
+def test_hidden_states_that_the_next_stage_cannot_have_are_refused(kind, message, tmp_path):
+    with pytest.raises(AssertionError, match=f"UserError: .*{message}"):
         fit_ranks("2x1", tmp_path, kind)
-    assert re.search(f"Rank 0 failed in step 0 .*UserError: .*{message}", capfd.readouterr().err)
 
 
 # --- outputs --------------------------------------------------------------------------------------
