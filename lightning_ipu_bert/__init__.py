@@ -11,11 +11,13 @@ from lightning_ipu_bert.strategies import (
     PipelineParallelStrategy,
     register_strategies,
 )
+from lightning_ipu_bert.training.elementwise import ElementwiseOptimizer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BertForQuestionAnsweringModule",
+    "ElementwiseOptimizer",
     "IPUAccelerator",
     "IPUConfig",
     "IPUStrategy",

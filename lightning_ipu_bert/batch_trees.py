@@ -121,6 +121,16 @@ def paths_of(value: object, path: Path = ()) -> Dict[Path, object]:
     }
 
 
+def with_leaves(value: Any, leaves: Mapping[Path, object], path: Path = ()) -> Any:
+    """Return a structure in which some leaves are replaced, given by their paths."""
+    entries = entries_of(value)
+    if entries is None:
+        return leaves.get(path, value)
+    return with_entries(
+        value, {key: with_leaves(entry, leaves, (*path, key)) for key, entry in entries.items()}
+    )
+
+
 def tensors_of(value: object) -> List[Tensor]:
     """Return the tensors of a structure, in order."""
     return [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]

@@ -34,13 +34,21 @@ class ModuleOutline(NamedTuple):
     """Display names; see `PipelineModule.block_labels`."""
 
     @property
-    def blocks_of_parameter(self) -> Dict[str, AbstractSet[Optional[str]]]:
-        """The blocks that hold each parameter, by each name of the parameter."""
+    def blocks_of_parameter(self) -> Dict[str, AbstractSet[str]]:
+        """The blocks that hold each parameter, by each name of the parameter.
+
+        A parameter in no block belongs to the last one: `pipeline_loss` may use it.
+        """
         return {
-            name: {block_of(other, self.blocks) for other in names}
+            name: self.owners(names) or {self.blocks[-1]}
             for names in self.names_of_parameter.values()
             for name in names
         }
+
+    def owners(self, names: Sequence[str]) -> AbstractSet[str]:
+        """Return the blocks that hold a parameter; names outside of blocks are only aliases."""
+        found = {block_of(name, self.blocks) for name in names}
+        return {block for block in found if block is not None}
 
 
 def outline_of(module: Any) -> ModuleOutline:
@@ -68,7 +76,7 @@ def series_of(block: str) -> Optional[str]:
 
 
 def block_rules(outline: ModuleOutline) -> Iterator[Violation]:
-    """Blocks must be distinct and hold every parameter exactly once."""
+    """Blocks must be distinct, and must not share parameters."""
     name, blocks = outline.name, outline.blocks
     duplicates = sorted({block for block in blocks if blocks.count(block) > 1})
     if duplicates or not blocks:
@@ -80,18 +88,11 @@ def block_rules(outline: ModuleOutline) -> Iterator[Violation]:
         )
         return
     for names in outline.names_of_parameter.values():
-        owners = {block_of(parameter, blocks) for parameter in names}
-        if None in owners:
-            yield Violation(
-                f"The parameter {names[0]} of {name}",
-                None,
-                f"is in no block of pipeline_blocks(): {list(blocks)}",
-                "Move it into one of them.",
-            )
-        elif len(owners) > 1:
+        if len(outline.owners(names)) > 1:
+            tied = [parameter for parameter in names if block_of(parameter, blocks)]
             yield Violation(
                 name,
                 None,
-                f"ties the parameters {' and '.join(names)}, which are in different blocks",
+                f"ties the parameters {' and '.join(tied)}, which are in different blocks",
                 "Untie them: stages cannot share weights.",
             )

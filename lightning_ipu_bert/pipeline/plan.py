@@ -115,7 +115,8 @@ class Plan:
         """Return the stages that hold an entry of the state dict; empty if it is in no block."""
         if name in self.stages_of_parameter:
             return self.stages_of_parameter[name]
-        return _stages_with(self.main, {block_of(name, self.blocks)})
+        block = block_of(name, self.blocks)
+        return () if block is None else _stages_with(self.main, {block})
 
     def lines(self) -> Iterator[str]:
         """Yield what a run prints about its plan: notices and the table "Device Allocation"."""
@@ -174,7 +175,7 @@ def resolve(
     )
 
 
-def _stages_with(pipeline: PipelinePlan, blocks: AbstractSet[Optional[str]]) -> Tuple[int, ...]:
+def _stages_with(pipeline: PipelinePlan, blocks: AbstractSet[str]) -> Tuple[int, ...]:
     return tuple(i for i, stage in enumerate(pipeline.stages) if blocks & set(stage))
 
 

@@ -49,8 +49,9 @@ class PipelineModule:
     def pipeline_blocks(self) -> Sequence[str]:
         """Return the names of all blocks in forward order, e.g. ["embed", "layers.0", "head"].
 
-        A block is a submodule that is placed on one stage as a unit; every parameter is in exactly
-        one block. Numbered blocks are the layers that `layers_per_stage` counts.
+        A block is a submodule that is placed on one stage as a unit; blocks share no parameters.
+        Parameters outside of blocks are on the last stage, where `pipeline_loss` can use them.
+        Numbered blocks are the layers that `layers_per_stage` counts.
         """
         raise NotImplementedError
 

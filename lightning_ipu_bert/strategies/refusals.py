@@ -27,8 +27,7 @@ def _available(reasons: Mapping[str, str]) -> Reasons:
 ON_RANKS = _available(
     {
         "StochasticWeightAveraging": COPIES,
-        "WeightAveraging": COPIES,
-        "EMAWeightAveraging": COPIES,
+        "ModelPruning": "prunes parameters of all stages, of which a rank has only some",
         "GradientAccumulationScheduler": "changes accumulation, which is part of the plan",
     }
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, Optional, Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import LBFGS, Optimizer
 
 from lightning_ipu_bert._compat.lightning import trainer_of
 from lightning_ipu_bert._compat.torch import has_pipelining
@@ -31,6 +33,19 @@ def torch_rule() -> Iterator[Violation]:
         )
 
 
+def optimizer_rules(optimizers: Sequence[Optimizer]) -> Iterator[Violation]:
+    """Optimizers must not compute with the gradients of all stages."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS):
+            yield Violation(
+                type(optimizer).__name__,
+                None,
+                "runs several forwards per update and multiplies the gradients of all stages, of "
+                "which a rank has only some",
+                "Use another optimizer, e.g. AdamW, or another strategy.",
+            )
+
+
 def resolve_run(trainer: Trainer, args: Any, config: PipelineConfig) -> Optional[Plan]:
     """Check a run and resolve its plan.
 
@@ -40,7 +55,8 @@ def resolve_run(trainer: Trainer, args: Any, config: PipelineConfig) -> Optional
         config: The configuration.
 
     Returns:
-        The plan, or None if there is no module, for which Lightning raises an error itself.
+        The plan, or None if there is no module, for which Lightning raises an error itself, or if
+        the module creates its blocks in `configure_model`.
 
     Raises:
         UserError: If the module cannot be pipelined as configured, or the Trainer uses a feature
@@ -50,19 +66,10 @@ def resolve_run(trainer: Trainer, args: Any, config: PipelineConfig) -> Optional
     module = module or trainer.strategy.lightning_module
     fitting = trainer.state.fn == TrainerFn.FITTING
     plan = None
-    if module is not None:
+    if isinstance(module, LightningModule):
         enforce(module_rules(module))
-        outline = outline_of(module)
-        enforce(block_rules(outline))
-        plan = resolve(
-            outline,
-            config.shape if fitting else None,
-            config.shape,
-            schedule=config.schedule,
-            recompute=config.recompute_checkpoint_every_layer,
-            replicated_tensor_sharding=config.replicated_tensor_sharding,
-            optimizer_state_offchip=config.optimizer_state_offchip,
-        )
+        if not is_created_later(module):
+            plan = resolve_plan(module, config, fitting)
     enforce(refusals.accumulation_rule(trainer))
     enforce(refusals.batch_norm_rule(trainer))
     enforce(refusals.callback_rules(trainer, refusals.ON_RANKS))
@@ -71,6 +78,42 @@ def resolve_run(trainer: Trainer, args: Any, config: PipelineConfig) -> Optional
         enforce(loader_rules(args[1] if len(args) > 1 else None, config.batches))
     enforce(torch_rule())
     return plan
+
+
+def resolve_plan(module: Any, config: PipelineConfig, fitting: bool) -> Plan:
+    """Return the plan of a run.
+
+    Args:
+        module: The module.
+        config: The configuration.
+        fitting: Whether the run trains.
+
+    Raises:
+        UserError: If the module cannot be pipelined as configured.
+    """
+    outline = outline_of(module)
+    enforce(block_rules(outline))
+    return resolve(
+        outline,
+        config.shape if fitting else None,
+        config.shape,
+        schedule=config.schedule,
+        recompute=config.recompute_checkpoint_every_layer,
+        replicated_tensor_sharding=config.replicated_tensor_sharding,
+        optimizer_state_offchip=config.optimizer_state_offchip,
+    )
+
+
+def is_created_later(module: LightningModule) -> bool:
+    """Return whether `configure_model`, which has not run yet, creates the blocks of a module."""
+    if not is_overridden("configure_model", module):
+        return False
+    try:
+        for name in module.pipeline_blocks():  # type: ignore[operator]
+            module.get_submodule(name)
+    except Exception:  # of any kind: the methods of an incomplete module may fail
+        return True
+    return False
 
 
 def is_training(module: Optional[LightningModule]) -> bool:

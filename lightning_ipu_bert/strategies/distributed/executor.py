@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from contextlib import ExitStack, contextmanager
-from typing import Any, Callable, Dict, Hashable, Iterator, List, Tuple
+from functools import cached_property
+from typing import Any, Callable, Dict, Hashable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_ipu_bert.examples import EntryMemo
 from lightning_ipu_bert.global_loss import loss_of
@@ -35,50 +37,84 @@ SCHEDULES_KEPT = 4
 """Schedules with their buffers: training and evaluation, and alternating sets of parameters."""
 
 
+def no_executor() -> None:
+    """Return the executor of a model that was pickled: none."""
+
+
 class TorchPipelineExecutor:
     """Runs the stages of a model; see `pipeline.protocol.PipelineExecutor`."""
 
     def __init__(
         self,
         model: Any,
-        stages: List[Stage],
         plan: Plan,
         mesh: Mesh,
         device: torch.device,
         seed: int,
         batches_done: Callable[[], int] = lambda: 0,
         loss_scale: Callable[[], float] = lambda: 1.0,
+        copied: Callable[[Any], None] = lambda model: None,
     ) -> None:
         """Create an executor.
 
         Args:
             model: The complete `PipelineModule`; parameters of stages on other ranks are meta
                 tensors.
-            stages: The stages on this rank.
             plan: The plan of the run.
             mesh: Mesh coordinates of this rank.
             device: Device of this rank.
             seed: Seed of random numbers drawn in stages (dropout).
             batches_done: Returns the number of batches trained so far, including resumed runs.
             loss_scale: Returns the loss scale.
+            copied: Called with a copy of the model, which has an executor of its own.
         """
         self.model = model
-        self.stages = stages
         self.plan = plan
         self.mesh = mesh
         self.device = device
         self.seed = seed
         self.loss_scale = loss_scale
         self.batches_done = batches_done
-        self._least_size = least_size(model)  # of a micro-batch in training
+        self.copied = copied
         self._calls = (0, 0)
         """Index of the current batch, and how often its loss was computed."""
-        self.boundaries = Boundaries(model, stages, plan, mesh, device)
         self.compare = BatchComparison(mesh.data_group, batches_done)
         last_rank = mesh.global_rank(plan.main.ranks_per_replica - 1)
         self._outputs = OutputExchange(mesh, last_rank, device)
         self._entries: EntryMemo = {}
         self._schedules: Dict[Hashable, object] = {}
+
+    # Lazily, because a copy of the model is incomplete when its executor is copied.
+
+    @cached_property
+    def stages(self) -> List[Stage]:
+        """The stages on this rank."""
+        indices = self.plan.main.stages_on(self.mesh.pipeline_rank)
+        return [Stage(self.model, self.plan, index, self.device) for index in indices]
+
+    @cached_property
+    def boundaries(self) -> Boundaries:
+        """What stages exchange."""
+        return Boundaries(self.model, self.stages, self.plan, self.mesh, self.device)
+
+    @cached_property
+    def _least_size(self) -> int:
+        """Least size of a micro-batch in training."""
+        return least_size(self.model)
+
+    def __deepcopy__(self, memo: Dict[int, object]) -> Optional[TorchPipelineExecutor]:
+        """Return an executor for the copy of the model, or None if it is not copied."""
+        model = memo.get(id(self.model))
+        if model is None:
+            return None
+        self.copied(model)
+        more = (self.seed, self.batches_done, self.loss_scale, self.copied)
+        return TorchPipelineExecutor(model, self.plan, self.mesh, self.device, *more)
+
+    @override
+    def __reduce__(self) -> Tuple[Callable[[], None], Tuple[()]]:
+        """Return what a pickled model has instead: it runs all blocks in one process."""
+        return no_executor, ()
 
     @property
     def parameters(self) -> List[torch.nn.Parameter]:

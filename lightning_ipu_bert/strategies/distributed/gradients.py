@@ -51,12 +51,25 @@ def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGro
     for parameter, elsewhere in zip(held, present.tolist()):
         if elsewhere and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for bucket in _buckets([p.grad for p in held if p.grad is not None]):
+    gradients = [p.grad for p in held if p.grad is not None]
+    for gradient in gradients:
+        if gradient.is_sparse:
+            _average_sparse(gradient, count, group)
+    for bucket in _buckets([gradient for gradient in gradients if not gradient.is_sparse]):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).div_(count)
         dist.all_reduce(flat, group=group)
         parts = torch.split(flat, [gradient.numel() for gradient in bucket])
         for gradient, part in zip(bucket, parts):
             gradient.copy_(part.view_as(gradient))
+
+
+def _average_sparse(gradient: Tensor, count: int, group: dist.ProcessGroup) -> None:
+    """Replace a sparse gradient, of an embedding with `sparse=True`, by its mean."""
+    dense = gradient.to_dense().div_(count)
+    dist.all_reduce(dense, group=group)
+    mean = dense.to_sparse(gradient.sparse_dim())
+    gradient.sparse_resize_and_clear_(gradient.shape, gradient.sparse_dim(), gradient.dense_dim())
+    gradient.add_(mean)
 
 
 def _buckets(gradients: List[Tensor]) -> Iterator[List[Tensor]]:

@@ -24,7 +24,11 @@ class RunHooks(Callback):
     """Callback of a run: random states, metrics, writers and weights of replicas."""
 
     def __init__(
-        self, mesh: Mesh, generators: ReplicaGenerators, load_all: Callable[[], None]
+        self,
+        mesh: Mesh,
+        generators: ReplicaGenerators,
+        load_all: Callable[[], None],
+        load_buffers: Callable[[], None],
     ) -> None:
         """Create the callback.
 
@@ -32,10 +36,12 @@ class RunHooks(Callback):
             mesh: Mesh coordinates and groups of this rank.
             generators: Random states of the replicas.
             load_all: Loads the weights of all stages into the module, on every rank.
+            load_buffers: The same for buffers only.
         """
         self._mesh = mesh
         self._generators = generators
         self._load_all = load_all
+        self._load_buffers = load_buffers
         self._gather = ReplicaGather(mesh.replica_group)
         self._metrics: List[Metric] = []
         self._silenced: List[Tuple[BasePredictionWriter, type]] = []
@@ -66,6 +72,7 @@ class RunHooks(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: Dict[str, object]
     ) -> None:
         self._generators.save(checkpoint)
+        self._load_buffers()  # for callbacks that save copies of the module
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

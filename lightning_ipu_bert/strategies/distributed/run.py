@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Dict, Iterable, List, Mapping, Optional
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -11,12 +11,16 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from torch.optim import Optimizer
 
-from lightning_ipu_bert._compat.lightning import callbacks_of
+from lightning_ipu_bert._compat.lightning import averaged_models, callbacks_of
 from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.pipeline.rules import enforce
 from lightning_ipu_bert.strategies.distributed import mesh as collectives
 from lightning_ipu_bert.strategies.distributed import weights
+from lightning_ipu_bert.strategies.distributed.checks import optimizer_rules
+from lightning_ipu_bert.strategies.distributed.copies import ModelCopies, completed
 from lightning_ipu_bert.strategies.distributed.executor import TorchPipelineExecutor
 from lightning_ipu_bert.strategies.distributed.generators import ReplicaGenerators
+from lightning_ipu_bert.strategies.distributed.gradients import average_gradients, averaged_after
 from lightning_ipu_bert.strategies.distributed.hooks import RunHooks
 from lightning_ipu_bert.strategies.distributed.launch.failure import report
 from lightning_ipu_bert.strategies.distributed.launch.ranks import Ranks
@@ -25,13 +29,15 @@ from lightning_ipu_bert.strategies.distributed.loaders import loader_of_replica
 from lightning_ipu_bert.strategies.distributed.norms import GradientNorms
 from lightning_ipu_bert.strategies.distributed.optimizer_shards import OptimizerShards
 from lightning_ipu_bert.strategies.distributed.optimizer_states import (
+    drop_other_states,
     gather_optimizer_state,
     load_optimizer_state,
 )
 from lightning_ipu_bert.strategies.distributed.precision import GlobalNorm, connect, loss_scale
 from lightning_ipu_bert.strategies.distributed.reading import ReplicaReader
-from lightning_ipu_bert.strategies.distributed.stage import Stage
 from lightning_ipu_bert.strategies.distributed.throughput import count_replicas
+
+T = TypeVar("T")
 
 
 class Run:
@@ -57,7 +63,7 @@ class Run:
         assert ranks.mesh is not None
         self.trainer = trainer
         self.module = module
-        self.plan = ranks.take_plan()
+        self.plan = ranks.take_plan(trainer)
         self.mesh = ranks.mesh
         self.device = device
         self.stages = self.plan.main.stages_on(self.mesh.pipeline_rank)
@@ -68,7 +74,9 @@ class Run:
         self.reader = ReplicaReader(self.mesh, device)
         self.generators = ReplicaGenerators(self.mesh, self.reader, ranks.loaded_generators)
         ranks.loaded_generators = []
-        self.hooks = RunHooks(self.mesh, self.generators, self.load_all)
+        self.weights = weights.StageWeights(self.plan, set(self.stages), self.mesh.pipeline_group)
+        self.copies = ModelCopies(self.mesh.pipeline_group)
+        self.hooks = RunHooks(self.mesh, self.generators, self.load_all, self.load_buffers)
         self.signals = signals_of_ranks(ranks.environment, device, ranks.end_at_once)
         self._has_all = False  # whether the module has the weights of all stages
         self.failed = False
@@ -77,7 +85,10 @@ class Run:
     def place(self, precision: Precision) -> None:
         """Keep the parameters of this rank, move them to the device, and create the executor."""
         assert isinstance(precision, GlobalNorm)
-        weights.drop_other_stages(self.module, self.plan, set(self.stages))
+        for copy in averaged_models(self.trainer):
+            self.copies.add(copy)
+            self.weights.drop_others(copy)
+        self.weights.drop_others(self.module)
         precision.convert_module(self.module)
         weights.move_to(self.module, self.device)
         weights.broadcast_parameters(self.module, self.mesh.replica_group)
@@ -85,13 +96,13 @@ class Run:
         connect(precision, self.norms, collectives.world())
         self.module.pipeline_executor = TorchPipelineExecutor(
             self.module,
-            [Stage(self.module, self.plan, index, self.device) for index in self.stages],
             self.plan,
             self.mesh,
             self.device,
             seed=collectives.broadcast(int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))),
             batches_done=lambda: self.trainer.fit_loop.total_batch_idx,
             loss_scale=lambda: loss_scale(precision, self.device),
+            copied=self.copies.add,
         )
         count_replicas(self.trainer, self.plan)
         callbacks = callbacks_of(self.trainer)
@@ -108,6 +119,8 @@ class Run:
         """Shard the optimizers over replicas and move their state off the device, as planned."""
         sharded, offchip = self.plan.shards_optimizer, self.plan.optimizer_state_offchip
         replicas = self.plan.main.batches.replication_factor if sharded else 1
+        enforce(optimizer_rules(optimizers))
+        drop_other_states(optimizers)
         for optimizer in optimizers if sharded or offchip else []:
             shards = OptimizerShards(
                 optimizer,
@@ -119,11 +132,30 @@ class Run:
             shards.attach()
             self.shards[id(optimizer)] = shards
 
+    def averaged_after(self, closure: Callable[[], T], optimizer: Optimizer) -> Callable[[], T]:
+        """Return a closure that also averages the gradients of an optimizer over replicas.
+
+        So that hooks, clipping and optimizer, which come after it, use the mean.
+        """
+        return averaged_after(closure, optimizer, self.mesh.replica_group)
+
+    def after_backward(self) -> None:
+        """Average the gradients of replicas, which manual optimization may clip before a step."""
+        if not self.module.automatic_optimization:
+            average_gradients(self.module.parameters(), self.mesh.replica_group)
+
     def state_dict(self) -> Dict[str, Any]:
         """Return the full state dict on the first rank, with the names of the plain model."""
         if self.mesh.replica:
             return {}
-        return self._gather(everywhere=False)
+        with self.hooks.expecting_parts():
+            return self.weights.state_dict(self.module)
+
+    def completed(self, checkpoint: Dict[str, Any]) -> Dict[str, Any]:
+        """Return a checkpoint with what callbacks save of other stages, on the first rank."""
+        if self.mesh.replica:
+            return checkpoint
+        return completed(checkpoint, self.mesh.pipeline_group)
 
     def optimizer_state(self, optimizer: Optimizer) -> Dict[str, object]:
         """Return the full optimizer state on the first rank, as in a single process."""
@@ -139,10 +171,16 @@ class Run:
             load_optimizer_state(optimizer, self.shards.get(id(optimizer)), state)
 
     def load_all(self) -> None:
-        """Load the full trained weights into the module, on every rank."""
+        """Load the full trained weights into the module and its copies, on every rank."""
         if not self._has_all:
-            weights.load_full_state(self.module, self._gather(everywhere=True))
+            for model in (self.module, *self.copies.common()):
+                self.weights.load_all(model)
             self._has_all = True
+
+    def load_buffers(self) -> None:
+        """Load the buffers of all stages into the module and its copies, on every rank."""
+        for model in (self.module, *self.copies.common()):
+            self.weights.load_buffers(model)
 
     def finish(self) -> bool:
         """Detach, and leave the full trained weights in the module, on every rank.
@@ -165,12 +203,6 @@ class Run:
         callbacks[:] = [c for c in callbacks if c not in (self.hooks, self.signals)]
         for shards in self.shards.values():
             shards.detach()
-
-    def _gather(self, everywhere: bool) -> Dict[str, object]:
-        with self.hooks.expecting_parts():
-            return weights.gather_state(
-                self.module, self.plan, set(self.stages), self.mesh.pipeline_group, everywhere
-            )
 
 
 def report_failure(rank: int, run: Optional[Run], exception: BaseException) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, Sequence
+from typing import Any, Dict, Iterator, List, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,12 @@ class ScheduleCall:
     """The stage that runs it."""
 
 
+def parameters_outside_blocks(module: nn.Module, plan: Plan) -> List[nn.Parameter]:
+    """Return the parameters in no block, which `pipeline_loss` may use."""
+    inside = {id(p) for name in plan.blocks for p in module.get_submodule(name).parameters()}
+    return [parameter for parameter in module.parameters() if id(parameter) not in inside]
+
+
 class Stage(nn.Module):
     """Consecutive blocks of a model, run on one micro-batch at a time.
 
@@ -63,6 +69,8 @@ class Stage(nn.Module):
         self.is_last = index == plan.main.num_stages - 1
         self.names = plan.main.stages[index]
         self.blocks = nn.ModuleList(module.get_submodule(name) for name in self.names)
+        if self.is_last:
+            self.in_no_block = nn.ParameterList(parameters_outside_blocks(module, plan))
         recomputed = set(plan.layers) if plan.recompute else set()
         self._recomputation = Recomputation(
             [block for name, block in zip(self.names, self.blocks) if name in recomputed]

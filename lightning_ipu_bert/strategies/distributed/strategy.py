@@ -21,7 +21,6 @@ from lightning_ipu_bert.strategies.arguments import pipeline_config, plan_fields
 from lightning_ipu_bert.strategies.distributed import mesh
 from lightning_ipu_bert.strategies.distributed.checks import is_training
 from lightning_ipu_bert.strategies.distributed.generators import generators_in
-from lightning_ipu_bert.strategies.distributed.gradients import averaged_after
 from lightning_ipu_bert.strategies.distributed.launch.ranks import Launcher, Ranks
 from lightning_ipu_bert.strategies.distributed.mesh import Group
 from lightning_ipu_bert.strategies.distributed.norms import GradientNorms
@@ -202,12 +201,15 @@ class PipelineParallelStrategy(ParallelStrategy):
         return self.run.loader(dataloader, is_training(self.lightning_module))
 
     @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        self.run.after_backward()
+
+    @override
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], object], *args: Any, **kwargs: Any
     ) -> object:
-        # Inside the closure, so that hooks, clipping and optimizer use the mean over replicas.
-        averaged = averaged_after(closure, optimizer, self.run.mesh.replica_group)
         with self.run.norms.expected_in(self.run.module):
+            averaged = self.run.averaged_after(closure, optimizer)
             return super().optimizer_step(optimizer, averaged, *args, **kwargs)
 
     @override
@@ -217,15 +219,19 @@ class PipelineParallelStrategy(ParallelStrategy):
         return checkpoint
 
     @override
+    def save_checkpoint(self, checkpoint: Dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        whole = checkpoint if self._run is None else self._run.completed(checkpoint)
+        super().save_checkpoint(whole, *args, **kwargs)
+
+    @override
     def lightning_module_state_dict(self) -> Dict[str, object]:
         run = self._run
         return super().lightning_module_state_dict() if run is None else run.state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> Dict[str, Any]:
-        if self._run is None:
-            return super().optimizer_state(optimizer)
-        return self._run.optimizer_state(optimizer)
+        run = self._run
+        return super().optimizer_state(optimizer) if run is None else run.optimizer_state(optimizer)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ names and indices of the full model. This module makes checkpoints layout-indepe
 
 from __future__ import annotations
 
-from typing import Any, Dict, Sequence, Set
+from typing import Any, Dict, Iterator, List, Mapping, Set
 
 import torch
 import torch.distributed as dist
@@ -17,67 +17,120 @@ from torch import Tensor, nn
 from lightning_ipu_bert._compat.lightning import set_device
 from lightning_ipu_bert._compat.torch import apply_to_tensors
 from lightning_ipu_bert.pipeline.plan import Plan
+from lightning_ipu_bert.strategies.distributed.other_stages import OtherStageParameter
 
 State = Dict[str, Any]
+EXTRA = "_extra_state"
+"""Last part of the name of an extra state."""
 
 
-def drop_other_stages(module: nn.Module, plan: Plan, own_stages: Set[int]) -> None:
-    """Free the parameters of stages on other ranks."""
-    for name, parameter in list(module.named_parameters()):
-        if not own_stages.intersection(plan.stages_of(name)):
-            _replace(module, name, parameter.to("meta"))
+class StageWeights:
+    """Which weights of a model, or of a copy of it, are on this rank, and where the others are."""
+
+    def __init__(self, plan: Plan, own_stages: Set[int], group: dist.ProcessGroup) -> None:
+        """Create the object for the stages of a rank.
+
+        Args:
+            plan: The plan of the run.
+            own_stages: The stages on this rank.
+            group: The ranks of this replica.
+        """
+        self._plan = plan
+        self._own_stages = own_stages
+        self._group = group
+
+    def is_here(self, name: str) -> bool:
+        """Return whether a parameter or buffer is in a stage on this rank."""
+        return bool(self._own_stages.intersection(self._plan.stages_of(name)))
+
+    def drop_others(self, module: nn.Module) -> None:
+        """Free the parameters of stages on other ranks."""
+        for name, parameter in list(module.named_parameters()):
+            if not self.is_here(name):
+                stages = ", ".join(map(str, self._plan.stages_of(name)))
+                other = OtherStageParameter.of(parameter, f"{name} of stage {stages}")
+                _replace(module, name, other)
+
+    def state_dict(self, module: nn.Module) -> State:
+        """Return the full state dict on the first rank of the replica, and {} on the others.
+
+        What it contains is decided by the `state_dict` of the module, which may be overridden: it
+        is called on every rank, and entries with weights of other stages are taken from them.
+        """
+        state = module.state_dict()
+        own = {name: _on_cpu(state[name]) for name in self._own_entries(module, state)}
+        first = dist.get_rank(self._group) == 0
+        parts: List[State] = [{}] * dist.get_world_size(self._group)
+        source = dist.get_global_rank(self._group, 0)
+        dist.gather_object(own, parts if first else None, source, self._group)
+        found = {name: value for part in parts for name, value in part.items()}
+        return {name: found.get(name, value) for name, value in state.items()} if first else {}
+
+    def _own_entries(self, module: nn.Module, state: Mapping[str, object]) -> Iterator[str]:
+        """Yield the entries of a state dict with values of this rank, under whatever name."""
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        names = {tensor.data_ptr(): name for name, tensor in tensors if not tensor.is_meta}
+        known = {name for name, _ in tensors}
+        for entry, value in state.items():
+            name = entry
+            if isinstance(value, Tensor) and entry not in known and not value.is_meta:
+                name = names.get(value.data_ptr(), entry)
+            derived = isinstance(value, Tensor) and name not in known and not value.is_meta
+            if derived or self.is_here(name):
+                yield entry
+
+    def load_all(self, module: nn.Module) -> None:
+        """Load the weights of all stages into the module; all ranks of the replica must call it."""
+        contents: Dict[str, object] = {**dict(module.named_parameters()), **_extra_states(module)}
+        self._load(module, {**contents, **dict(module.named_buffers())})
+
+    def load_buffers(self, module: nn.Module) -> None:
+        """Load the buffers of all stages into the module; all ranks of the replica must call it."""
+        self._load(module, dict(module.named_buffers()))
+
+    def _load(self, module: nn.Module, contents: Mapping[str, object]) -> None:
+        own = {name: _on_cpu(value) for name, value in contents.items() if self.is_here(name)}
+        parts: List[State] = [{}] * dist.get_world_size(self._group)
+        dist.all_gather_object(parts, own, group=self._group)
+        for name, value in ((n, v) for part in parts for n, v in part.items() if n not in own):
+            _set(module, name, value)
 
 
-def own_state(module: nn.Module, plan: Plan, own_stages: Set[int]) -> State:
-    """Return the state of the stages on this rank, on the CPU."""
+def _extra_states(module: nn.Module) -> Dict[str, object]:
+    """Return the extra states of submodules, by the names of a state dict."""
     return {
-        name: value.cpu() if isinstance(value, Tensor) else value
-        for name, value in module.state_dict().items()
-        if own_stages.intersection(plan.stages_of(name))
+        f"{name}.{EXTRA}": part.get_extra_state()
+        for name, part in module.named_modules()
+        if type(part).get_extra_state is not nn.Module.get_extra_state
     }
 
 
-def in_order(parts: Sequence[State], module: nn.Module) -> State:
-    """Return the states of all stages in the order of the full module.
-
-    Entries in no block (e.g. buffers of metrics) are on every rank and taken from the module.
-    """
-    found = {name: value for part in parts for name, value in part.items()}
-    return {name: found.get(name, value) for name, value in module.state_dict().items()}
-
-
-def load_full_state(module: nn.Module, state: State) -> None:
-    """Materialize all meta parameters and load the full state."""
-    for name, parameter in list(module.named_parameters()):
-        if parameter.is_meta:
-            _replace(module, name, state[name].to(parameter.dtype))
-    module.load_state_dict(state)
-
-
-def gather_state(
-    module: nn.Module, plan: Plan, own_stages: Set[int], group: dist.ProcessGroup, everywhere: bool
-) -> State:
-    """Return the full state on the first rank of the group, or on all ranks; {} elsewhere."""
-    own = own_state(module, plan, own_stages)
-    parts = [own] * dist.get_world_size(group)
-    if everywhere:
-        dist.all_gather_object(parts, own, group=group)
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    """Set a parameter, buffer or extra state."""
+    owner, _, last = name.rpartition(".")
+    if last == EXTRA:
+        module.get_submodule(owner).set_extra_state(value)
+    elif last in dict(module.get_submodule(owner).named_parameters(recurse=False)):
+        old = module.get_parameter(name)
+        new = nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad)
+        vars(new).update({k: v for k, v in vars(old).items() if k != "location"})
+        _replace(module, name, new)
     else:
-        first = dist.get_rank(group) == 0
-        dist.gather_object(own, parts if first else None, dist.get_global_rank(group, 0), group)
-        if not first:
-            return {}
-    return in_order(parts, module)
+        buffer = module.get_buffer(name)
+        setattr(module.get_submodule(owner), last, value.to(buffer.device))
 
 
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+def _replace(module: nn.Module, name: str, new: nn.Parameter) -> None:
     """Replace a parameter, under all its names if it is tied."""
     old = module.get_parameter(name)
-    new = nn.Parameter(value, requires_grad=old.requires_grad)
     for other, parameter in list(module.named_parameters(remove_duplicate=False)):
         if parameter is old:
             owner, _, last = other.rpartition(".")
             setattr(module.get_submodule(owner), last, new)
+
+
+def _on_cpu(value: object) -> object:
+    return value.detach().cpu() if isinstance(value, Tensor) else value
 
 
 def broadcast_parameters(module: nn.Module, group: dist.ProcessGroup) -> None:

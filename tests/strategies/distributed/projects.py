@@ -29,9 +29,9 @@ PLANS = {
 VARIANTS = {
     "zero_bubble": {**PLANS["2x1"], "schedule": "zero_bubble"},
     "recomputed": {**PLANS["2x1"], "recompute_checkpoint_every_layer": True},
+    "sharded": {**PLANS["2x2"], "replicated_tensor_sharding": True},
+    "offchip": {**PLANS["2x1"], "optimizer_state_offchip": True},
 }
-WORLD = {"auto": 1, "ddp": 2, "2x2": 4}
-"""Processes; two for other plans."""
 BATCH = 8
 """Examples of a global batch."""
 
@@ -93,6 +93,13 @@ def plan_of(name):
     return {**PLANS, **VARIANTS}.get(name)
 
 
+def world_of(name):
+    """The number of processes."""
+    plan = plan_of(name) or {}
+    ranks = len(plan.get("layers_per_stage", [1])) * plan.get("replication_factor", 1)
+    return 2 if name == "ddp" else ranks
+
+
 def loader_of(name, trainer, examples):
     """Return global batches in order, of which a replica or process has its share."""
     share = {"replication_factor": 2} if name == "ddp" else plan_of(name)
@@ -113,15 +120,16 @@ def fit(name, folder, kind, examples=None, report=lambda module: None, **changes
     warnings.simplefilter("ignore")
     module, plan = kind(), plan_of(name)
     ddp = {"strategy": "ddp", "devices": 2} if name == "ddp" else {}
-    trainer = make_trainer(folder, plan=plan, **{"max_epochs": 1, **ddp, **changes})
-    trainer.fit(module, loader_of(name, trainer, examples or table()))
+    more, ckpt_path = changes.pop("callbacks", ()), changes.pop("ckpt_path", None)
+    trainer = make_trainer(folder, *more, plan=plan, **{"max_epochs": 1, **ddp, **changes})
+    trainer.fit(module, loader_of(name, trainer, examples or table()), ckpt_path=ckpt_path)
     state = {key: value.clone() for key, value in module.state_dict().items()}
     return module.losses, state, report(module)
 
 
 def fit_ranks(name, folder, kind, *args, **changes):
     """Train as the ranks of a plan, or as processes of DDP; return what each of them did."""
-    return run_ranks(WORLD.get(name, 2), partial(fit, name, folder, kind, *args, **changes))
+    return run_ranks(world_of(name), partial(fit, name, folder, kind, *args, **changes))
 
 
 def assert_close(states, expected):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from model_helpers import make_trainer, needs_pipelining
-from projects import BATCH, PLANS, WORLD, Project, assert_close, fit, fit_ranks, loader_of, table
+from projects import BATCH, PLANS, Project, assert_close, fit, fit_ranks, loader_of, table, world_of
 from ranks import run_ranks
 from torch import nn
 from torchmetrics import CatMetric, MetricCollection, SumMetric
@@ -66,7 +66,7 @@ def validated(name, folder):
 def test_metrics_count_an_example_once(name, tmp_path):
     metrics, found = validated("auto", tmp_path)
     assert metrics["count"] == metrics["sum"] == 64
-    for rank_metrics, rank_found in run_ranks(WORLD.get(name, 2), validated, name, tmp_path):
+    for rank_metrics, rank_found in run_ranks(world_of(name), validated, name, tmp_path):
         assert rank_metrics == pytest.approx(metrics, rel=1e-5)
         assert rank_found.pop("values") == pytest.approx(found["values"])
         assert rank_found == {key: found[key] for key in rank_found}
@@ -102,7 +102,7 @@ def predicted(name, folder):
 
 @pytest.mark.parametrize("name", ["auto", *PLANS])
 def test_writers_write_every_example_once(name, tmp_path):
-    assert run_ranks(WORLD.get(name, 2), predicted, name, tmp_path) == [True] * WORLD.get(name, 2)
+    assert run_ranks(world_of(name), predicted, name, tmp_path) == [True] * world_of(name)
     expected = sorted(table(64).columns["x"][:, 0].tolist())
     for kind in ("batch", "epoch"):
         parts = [torch.load(file, weights_only=True) for file in tmp_path.glob(f"*.{kind}")]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_ipu_bert._compat.lightning import default_backend, init_process_group
@@ -17,7 +18,7 @@ from lightning_ipu_bert.pipeline.config import PipelineConfig
 from lightning_ipu_bert.pipeline.facts import StrategyFacts
 from lightning_ipu_bert.pipeline.plan import Plan
 from lightning_ipu_bert.pipeline.rules import enforce
-from lightning_ipu_bert.strategies.distributed.checks import resolve_run
+from lightning_ipu_bert.strategies.distributed.checks import resolve_plan, resolve_run
 from lightning_ipu_bert.strategies.distributed.launch.launcher import ScriptLauncher
 from lightning_ipu_bert.strategies.distributed.launch.notebook import NotebookLauncher
 from lightning_ipu_bert.strategies.distributed.mesh import Group, Mesh, broadcast, create_mesh
@@ -135,10 +136,13 @@ class Ranks:
                 device.type, shape.batches.replication_factor, shape.ranks_per_replica
             )
 
-    def take_plan(self) -> Plan:
+    def take_plan(self, trainer: Trainer) -> Plan:
         """Return the plan of the next run, and reset it."""
         plan, self._plan = self._plan, None
-        assert plan is not None
+        if plan is None:  # the module has just created its blocks
+            fitting = trainer.state.fn == TrainerFn.FITTING
+            plan = resolve_plan(trainer.lightning_module, self.config, fitting)
+            self._print(plan)
         return plan
 
     def _prepare(self, trainer: Optional[Trainer], args: object) -> None:
@@ -149,5 +153,9 @@ class Ranks:
         if self._ignored:
             rank_zero_info(f"Ignored without IPUs: {', '.join(self._ignored)}.")
             self._ignored = []
-        for line in self._plan.lines() if self._plan is not None else ():
+        if self._plan is not None:
+            self._print(self._plan)
+
+    def _print(self, plan: Plan) -> None:
+        for line in plan.lines():
             rank_zero_info(line)

@@ -1,0 +1,79 @@
+"""Copies of the model that callbacks make: averaged weights, the best ones so far."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Dict, List, Set
+
+import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_ipu_bert.batch_trees import Path, paths_of, with_leaves
+
+
+class ModelCopies:
+    """Copies of the model on all ranks of a replica, each with the weights of its stages.
+
+    They are numbered in the order in which they are made, which is the same on all ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        """Create the object without copies.
+
+        Args:
+            group: The ranks of this replica.
+        """
+        self._group = group
+        self._references: List[weakref.ReferenceType[nn.Module]] = []
+
+    def add(self, model: nn.Module) -> None:
+        """Add a copy; it is not kept alive."""
+        self._references.append(weakref.ref(model))
+
+    def common(self) -> List[nn.Module]:
+        """Return the copies that exist on all ranks of the replica, which must all call it."""
+        models = {i: reference() for i, reference in enumerate(self._references)}
+        own = {number for number, model in models.items() if model is not None}
+        parts: List[Set[int]] = [set()] * dist.get_world_size(self._group)
+        dist.all_gather_object(parts, own, group=self._group)
+        everywhere = set.intersection(*parts)
+        if everywhere != set.union(*parts):
+            rank_zero_warn(
+                "A copy of the model exists on some ranks only, and lacks the weights of the other "
+                "stages. Make copies on all ranks."
+            )
+        return [model for i, model in models.items() if i in everywhere and model is not None]
+
+
+def completed(checkpoint: Dict[str, Any], group: dist.ProcessGroup) -> Dict[str, Any]:
+    """Return a checkpoint with the tensors of other stages, on the first rank of a replica.
+
+    A callback saves its copy of the model on every rank: what is a meta tensor on the first rank is
+    a tensor on another one, under the same keys.
+
+    Args:
+        checkpoint: The checkpoint as created on this rank.
+        group: The ranks of this replica, which must all call it.
+    """
+    leaves = paths_of(checkpoint)
+    first = dist.get_rank(group) == 0
+    meta = [path for path, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.is_meta]
+    object_list: List[List[Path]] = [meta]
+    source = dist.get_global_rank(group, 0)
+    dist.broadcast_object_list(object_list, source, group)
+    if not object_list[0]:
+        return checkpoint
+    own = {path: leaves.get(path) for path in object_list[0]}
+    own = {p: x.cpu() for p, x in own.items() if isinstance(x, Tensor) and not x.is_meta}
+    parts: List[Dict[Path, object]] = [{}] * dist.get_world_size(group)
+    dist.gather_object(own, parts if first else None, source, group)
+    found = {path: leaf for part in parts for path, leaf in part.items()}
+    if first and len(found) < len(meta):
+        path = next(path for path in meta if path not in found)
+        rank_zero_warn(
+            f"The checkpoint has no values for {'/'.join(map(str, path))}, which is on another "
+            "stage. Callbacks must copy and save weights on all ranks."
+        )
+    result: Dict[str, Any] = with_leaves(checkpoint, found)
+    return result
