@@ -4,6 +4,8 @@ Files are relative to https://github.com/pytorch/pytorch/tree/main.
 
 - `Module._apply` (torch/nn/modules/module.py): `Module.to` fails on meta tensors, which must
   remain. No public API in 2.13.
+- `Module._compiled_call_impl` (torch/nn/modules/module.py), `torch._dynamo.OptimizedModule`
+  (torch/_dynamo/eval_frame.py): how a compiled module is called. No public API in 2.13.
 - `Tensor._backward_hooks`, `_post_accumulate_grad_hooks` (torch/_tensor.py): whether hooks are
   registered. No public API in 2.13.
 - `torch._C.DisableTorchFunction` (torch/csrc (docs: "Extending PyTorch")): PopTorch's parameters
@@ -18,8 +20,11 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Callable, List
+from functools import partial
+from typing import Any, Callable, Iterator, List
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +48,37 @@ def apply_to_tensors(module: nn.Module, function: Callable[[Tensor], Tensor]) ->
     `nn.Module.to` fails on meta tensors, which must remain.
     """
     module._apply(function)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def replaced_call(module: nn.Module, call: Callable[..., object]) -> Iterator[None]:
+    """Replace how a module is called within the context, outside of what torch.compile compiles.
+
+    Args:
+        module: The module.
+        call: Called with the original function and the arguments of the module.
+    """
+    name = "_compiled_call_impl" if is_compiled_in_place(module) else "forward"
+    own, original = vars(module).get(name), getattr(module, name)
+    setattr(module, name, partial(call, original))
+    try:
+        yield
+    finally:
+        delattr(module, name)  # restores the method of the class
+        if own is not None:
+            setattr(module, name, own)
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Return whether `module.compile()` was called."""
+    return vars(module).get("_compiled_call_impl") is not None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether torch.compile has compiled a module, or wraps it."""
+    dynamo: Any = sys.modules.get("torch._dynamo")  # not imported here: it takes a second
+    wraps = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    return wraps or is_compiled_in_place(module)
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:

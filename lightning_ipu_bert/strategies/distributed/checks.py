@@ -8,15 +8,17 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_ipu_bert._compat.lightning import trainer_of
-from lightning_ipu_bert._compat.torch import has_pipelining
+from lightning_ipu_bert._compat.torch import has_pipelining, is_compiled
 from lightning_ipu_bert.pipeline.blocks import block_rules, outline_of
 from lightning_ipu_bert.pipeline.config import PipelineConfig
 from lightning_ipu_bert.pipeline.plan import Plan, resolve
 from lightning_ipu_bert.pipeline.protocol import module_rules
 from lightning_ipu_bert.pipeline.rules import Violation, enforce
+from lightning_ipu_bert.pipeline.schedules import SCHEDULES
 from lightning_ipu_bert.strategies import refusals
 from lightning_ipu_bert.strategies.distributed.loaders import loader_rules
 
@@ -93,6 +95,8 @@ def resolve_plan(module: Any, config: PipelineConfig, fitting: bool) -> Plan:
     """
     outline = outline_of(module)
     enforce(block_rules(outline))
+    if fitting:
+        enforce(compilation_rule(module, config.schedule))
     return resolve(
         outline,
         config.shape if fitting else None,
@@ -102,6 +106,18 @@ def resolve_plan(module: Any, config: PipelineConfig, fitting: bool) -> Plan:
         replicated_tensor_sharding=config.replicated_tensor_sharding,
         optimizer_state_offchip=config.optimizer_state_offchip,
     )
+
+
+def compilation_rule(module: nn.Module, schedule: str) -> Iterator[Violation]:
+    """Schedules of torch that split the backward do not support compiled modules."""
+    compiled = [name for name, part in module.named_modules() if is_compiled(part)]
+    if SCHEDULES[schedule].splits_backward and compiled:
+        yield Violation(
+            "schedule",
+            schedule,
+            f"does not support torch.compile, which has compiled {compiled[0]}",
+            "Use schedule='1f1b'.",
+        )
 
 
 def is_created_later(module: LightningModule) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, ContextManager, Dict, Iterator, List, Sequence, Tuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_ipu_bert._compat.torch import replaced_call
 from lightning_ipu_bert.batch_trees import map_tree, tensors_of
 
 
@@ -33,17 +34,10 @@ class Recomputation:
         Layers are wrapped within a call of `stage_forward`, which prepares masks and tables only
         once.
         """
-        layers = self._layers if torch.is_grad_enabled() else []
-        own = [vars(layer).get("forward") for layer in layers]
-        for layer in layers:
-            layer.forward = partial(self._run, layer, layer.forward)
-        try:
+        with ExitStack() as undo:
+            for layer in self._layers if torch.is_grad_enabled() else []:
+                undo.enter_context(replaced_call(layer, partial(self._run, layer)))
             yield
-        finally:
-            for layer, forward in zip(layers, own):
-                del layer.forward  # restores the method of the class
-                if forward is not None:
-                    layer.forward = forward
 
     def _run(self, layer: nn.Module, forward: Any, *args: object, **kwargs: object) -> object:
         """Run a layer, on copies of its input if it modifies it: it must be there a second time."""
