@@ -168,7 +168,7 @@ class TorchPipelineExecutor:
             schedule.step(losses=losses, **chunked(len(call.micro_batches)))
         total, is_logged = self._add_up(losses, scale, len(logged))
         if is_logged:
-            logged.log_everywhere(self.model)
+            logged.log_everywhere(self.model, self.plan.main.batches.replication_factor)
         return total
 
     def _add_up(self, losses: List[Tensor], scale: float, logged: int) -> Tuple[Tensor, bool]:

@@ -1,14 +1,15 @@
 """Values that a module logs while its stages run, on one rank and once per micro-batch.
 
-`self.log` in `stage_forward` or `pipeline_loss` is collected, averaged over micro-batches and
-replicas by the weights of their losses, and logged once, with the same value on every rank.
+`self.log` in `pipeline_loss` is collected, averaged over micro-batches and replicas by the weights
+of their losses, and logged once, with the same value on every rank. In `stage_forward` it is
+averaged by examples.
 """
 
 from __future__ import annotations
 
 import inspect
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
@@ -32,7 +33,8 @@ class Entry(NamedTuple):
     stage: int
     weight: float
     """Weight of the micro-batch."""
-    examples: int
+    examples: Optional[int]
+    """As given by the module."""
     reduction: str
     options: Mapping[str, object]
 
@@ -74,24 +76,34 @@ class LoggedValues:
                 given["name"],
                 given["value"].detach() if isinstance(given["value"], Tensor) else given["value"],
                 call.stage,
-                call.loss_weights[call.current],
-                given["batch_size"] or call.size,
+                call.loss_weights[call.current] if call.in_loss else float(call.size),
+                given["batch_size"],
                 str(getattr(given["reduce_fx"], "__name__", given["reduce_fx"])),
                 {name: given[name] for name in PASSED_ON},
             )
         )
 
-    def log_everywhere(self, model: Any) -> None:
-        """Log the values of all ranks on this one; all ranks must call it."""
+    def log_everywhere(self, model: Any, replicas: int) -> None:
+        """Log the values of all ranks on this one; all ranks must call it.
+
+        Args:
+            model: The model.
+            replicas: Number of replicas, over which Lightning combines values again.
+        """
         own = [entry._replace(value=float(entry.value)) for entry in self._entries]
-        parts: List[List[Entry]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(parts, own)
-        for entries in by_name(parts):
+        parts: List[Tuple[int, List[Entry]]] = [(0, [])] * dist.get_world_size()
+        dist.all_gather_object(parts, (len(self._call.micro_batches) * self._call.size, own))
+        # The ranks of a replica have the same batch.
+        global_batch = sum(examples for examples, _ in parts) * replicas // len(parts)
+        for entries in by_name([entries for _, entries in parts]):
+            given = [entry.examples for entry in entries if entry.examples is not None]
+            share = 1 / replicas if entries[0].reduction == "sum" else 1.0
             model.log(
                 entries[0].name,
-                combined(entries),
-                batch_size=sum(entry.examples for entry in entries),
+                combined(entries) * share,
+                batch_size=sum(given) or global_batch,
                 reduce_fx=entries[0].reduction,
+                sync_dist=True,  # replicas log the same; without it, Lightning warns
                 **entries[0].options,
             )
 

@@ -38,6 +38,8 @@ class ScheduleCall:
     """The micro-batch that a stage of this rank runs."""
     stage: int = 0
     """The stage that runs it."""
+    in_loss: bool = False
+    """Whether it computes the loss."""
 
 
 def parameters_outside_blocks(module: nn.Module, plan: Plan) -> List[nn.Parameter]:
@@ -101,7 +103,7 @@ class Stage(nn.Module):
             Input of the next block or, of the last stage, the output of the model.
         """
         call, model = self._call, self._model[0]
-        call.current, call.stage = number, self.index
+        call.current, call.stage, call.in_loss = number, self.index, False
         received = call.hidden_states[self.index].unpack(hidden)
         with self._recomputation.wrapped():
             return model.stage_forward(self.names, received, call.micro_batches[number])
@@ -122,7 +124,7 @@ class Stage(nn.Module):
             call.outputs[number] = detached(value)
         if not torch.is_grad_enabled():
             return torch.zeros((), device=self.device)
-        weight = call.loss_weights[number] * call.scale
+        weight, call.in_loss = call.loss_weights[number] * call.scale, True
         if not weight:
             return no_loss(value)
         return checked_loss(model, value, call.micro_batches[number]) * weight
