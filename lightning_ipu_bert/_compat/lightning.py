@@ -8,6 +8,8 @@ Files are relative to https://github.com/Lightning-AI/pytorch-lightning/tree/mas
   `_get_default_process_group_backend_for_device` (fabric/utilities/distributed.py): the same
   process group as in Lightning's own strategies. No public API in 2.6.
 - `LightningModule._trainer` (pytorch/core/module.py): the public one raises. No public API in 2.6.
+- `LightningModule._current_fx_name` (pytorch/core/module.py): the hook that is running; at the
+  end of an epoch Lightning combines logged values outside of hooks. No public API in 2.6.
 - `_update_properties`, `_device` (fabric/utilities/device_dtype_mixin.py): `module.device` is
   wrong after a move of single parameters. No public API in 2.6.
 - `_on_before_batch_transfer` (pytorch/core/module.py): a batch as the loops prepare it. No
@@ -91,6 +93,12 @@ def init_process_group(environment: ClusterEnvironment, backend: str, timeout: t
 def trainer_of(module: Optional[LightningModule]) -> Optional[Trainer]:
     """Return the Trainer of a module or None; the public `trainer` raises if there is none."""
     return None if module is None else module._trainer
+
+
+def is_in_batch(module: LightningModule) -> bool:
+    """Return whether a step, or a hook at the start or end of a batch, is running."""
+    hook = module._current_fx_name or ""
+    return hook.endswith("_step") or "_batch_" in hook
 
 
 def callbacks_of(trainer: Trainer) -> List[Callback]:

@@ -132,7 +132,7 @@ def is_created_later(module: LightningModule) -> bool:
     return False
 
 
-def is_training(module: Optional[LightningModule]) -> bool:
-    """Return whether the Trainer of a module is training, and not in a validation of `fit`."""
+def is_predicting(module: Optional[LightningModule]) -> bool:
+    """Return whether the Trainer of a module predicts."""
     trainer = trainer_of(module)
-    return trainer is not None and bool(trainer.training)
+    return trainer is not None and bool(trainer.predicting)

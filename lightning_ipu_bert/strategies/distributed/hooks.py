@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -18,6 +17,7 @@ from typing_extensions import override
 from lightning_ipu_bert._compat.lightning import callbacks_of
 from lightning_ipu_bert.strategies.distributed.generators import ReplicaGenerators
 from lightning_ipu_bert.strategies.distributed.mesh import Mesh
+from lightning_ipu_bert.strategies.distributed.step_replicas import StepReplicas
 
 
 class RunHooks(Callback):
@@ -26,6 +26,7 @@ class RunHooks(Callback):
     def __init__(
         self,
         mesh: Mesh,
+        replicas: StepReplicas,
         generators: ReplicaGenerators,
         load_all: Callable[[], None],
         load_buffers: Callable[[], None],
@@ -34,6 +35,7 @@ class RunHooks(Callback):
 
         Args:
             mesh: Mesh coordinates and groups of this rank.
+            replicas: The replicas that run a step.
             generators: Random states of the replicas.
             load_all: Loads the weights of all stages into the module, on every rank.
             load_buffers: The same for buffers only.
@@ -42,7 +44,7 @@ class RunHooks(Callback):
         self._generators = generators
         self._load_all = load_all
         self._load_buffers = load_buffers
-        self._gather = ReplicaGather(mesh.replica_group)
+        self._gather = ReplicaGather(replicas)
         self._metrics: List[Metric] = []
         self._silenced: List[Tuple[BasePredictionWriter, type]] = []
         self._watch = WholeStateWatch()
@@ -146,13 +148,17 @@ def metrics_in(value: object, depth: int = 4) -> Iterator[Metric]:
 class ReplicaGather:
     """Gathers the states of a metric over one rank of each replica; copied with the metric."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        """Create the function for the ranks that hold the same stages."""
-        self._group = group
+    def __init__(self, replicas: StepReplicas) -> None:
+        """Create the function.
+
+        Args:
+            replicas: The replicas that run a step.
+        """
+        self._replicas = replicas
 
     def __call__(self, state: Tensor, group: object = None) -> List[Tensor]:
         """Return the states of all replicas."""
-        gathered: List[Tensor] = gather_all_tensors(state, group or self._group)
+        gathered: List[Tensor] = gather_all_tensors(state, group or self._replicas.group)
         return gathered
 
     def __deepcopy__(self, _: object) -> ReplicaGather:

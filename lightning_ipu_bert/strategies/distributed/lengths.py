@@ -3,51 +3,61 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Optional, Sized
+from typing import List, Optional, Sized
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 
 from lightning_ipu_bert.strategies.distributed.mesh import Mesh
+from lightning_ipu_bert.strategies.distributed.step_replicas import Replicas, StepReplicas
 
 
-def length_in_replica(
-    loader: object, mesh: Mesh, device: torch.device, training: bool
-) -> Optional[int]:
-    """Return the number of batches on the reading rank; in training, the least of replicas.
+def lengths_in_replicas(loader: object, mesh: Mesh, device: torch.device) -> List[int]:
+    """Return the number of batches of every replica; empty if one of them is unknown.
 
     Args:
-        loader: The loader of this rank.
+        loader: The loader of this rank; that of the reading rank counts.
         mesh: Mesh coordinates and groups of this rank.
         device: Device of the collectives of replicas.
-        training: Whether all replicas must have the same number.
-
-    Returns:
-        None for iterables of unknown length.
     """
-    length = torch.tensor(-1)
+    replicas = dist.get_world_size(mesh.replica_group)
+    lengths = torch.full((replicas,), -1)
     if not mesh.pipeline_rank:
+        length = -1
         with suppress(TypeError, NotImplementedError):  # raised by loaders of iterable datasets
-            length = torch.tensor(len(loader) if isinstance(loader, Sized) else -1)
-        if training:
-            length = _least_of_replicas(length, mesh, device)
-    dist.broadcast(length, dist.get_global_rank(mesh.data_group, 0), mesh.data_group)
-    return int(length) if length >= 0 else None
+            length = len(loader) if isinstance(loader, Sized) else -1
+        parts = [torch.tensor(0, device=device) for _ in range(replicas)]
+        dist.all_gather(parts, torch.tensor(length, device=device), group=mesh.replica_group)
+        lengths = torch.stack(parts).cpu()
+    dist.broadcast(lengths, dist.get_global_rank(mesh.data_group, 0), mesh.data_group)
+    found: List[int] = lengths.tolist()
+    return [] if min(found) < 0 else found
 
 
-def _least_of_replicas(length: Tensor, mesh: Mesh, device: torch.device) -> Tensor:
-    both = torch.stack([length, -length]).to(device)
-    dist.all_reduce(both, dist.ReduceOp.MIN, mesh.replica_group)
-    least, most = int(both[0]), -int(both[1])
-    if least != most and least >= 0:
+def length_of_loop(lengths: List[int], training: bool) -> Optional[int]:
+    """Return the number of batches that Lightning expects, the same on all ranks.
+
+    Args:
+        lengths: From `lengths_in_replicas`.
+        training: Whether all replicas must run the same number.
+    """
+    if not lengths:
+        return None
+    least, most = min(lengths), max(lengths)
+    if training and least != most:
         rank_zero_warn(
             f"Replicas have between {least} and {most} training batches per epoch: the first "
             f"{least} of each are used. Divide the data equally, e.g. by "
             "trainer.distributed_sampler_kwargs."
         )
-    return torch.tensor(least)
+    return least if training else most
+
+
+def evaluates_together(stage: RunningStage) -> bool:
+    """Return whether replicas log values together at the end of an epoch, unlike in `predict`."""
+    return stage not in (RunningStage.TRAINING, RunningStage.PREDICTING)
 
 
 def all_replicas(has_batch: bool, mesh: Mesh, device: torch.device) -> bool:
@@ -55,3 +65,22 @@ def all_replicas(has_batch: bool, mesh: Mesh, device: torch.device) -> bool:
     vote = torch.tensor(int(has_batch), device=device)
     dist.all_reduce(vote, dist.ReduceOp.MIN, mesh.replica_group)
     return bool(vote)
+
+
+def replicas_with_batch(
+    has_batch: bool, replicas: Replicas, groups: StepReplicas, device: torch.device
+) -> Replicas:
+    """Return which of some replicas have another batch; all of them must call it.
+
+    Args:
+        has_batch: Whether this replica has one.
+        replicas: The replicas that had one so far.
+        groups: The groups of replicas.
+        device: Device of the collective.
+    """
+    votes = [torch.tensor(0, device=device) for _ in replicas]
+    if len(replicas) == 1:
+        return replicas if has_batch else ()
+    own = torch.tensor(int(has_batch), device=device)
+    dist.all_gather(votes, own, group=groups.group_of(replicas))
+    return tuple(replica for replica, vote in zip(replicas, votes) if vote)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from itertools import islice
 from typing import Iterable, Iterator, Tuple
 
 from lightning.fabric.utilities.seed import pl_worker_init_function
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+from lightning.pytorch.trainer.states import RunningStage
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
+from typing_extensions import override
 
 from lightning_ipu_bert._compat.datasets import share_of
-from lightning_ipu_bert._compat.loaders import with_sampler
+from lightning_ipu_bert._compat.loaders import (
+    share_predictions,
+    undivided_sampler,
+    with_sampler,
+)
 from lightning_ipu_bert.batch_trees import has_rows, leaves_of
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.examples import count_examples
@@ -88,7 +94,11 @@ def check_examples(batch: object, loader: object, is_first: bool) -> None:
 
 
 def loader_of_replica(
-    loader: Iterable[object], batches: BatchAlgebra, replica: int, training: bool
+    loader: Iterable[object],
+    batches: BatchAlgebra,
+    replica: int,
+    stage: RunningStage,
+    divides: bool,
 ) -> Iterable[object]:
     """Return a loader sharded over replicas, without repeated examples in evaluation.
 
@@ -99,26 +109,50 @@ def loader_of_replica(
         loader: The loader as created by the Trainer.
         batches: The batch algebra.
         replica: Index of the replica of this rank.
-        training: Whether it is a training loader.
+        stage: What its batches are for.
+        divides: Whether data is divided by Lightning, and not by the user.
 
     Raises:
         UserError: If training batches are not divisible into micro-batches, or the data is divided
             among other processes than replicas.
     """
+    training, replicas = stage == RunningStage.TRAINING, batches.replication_factor
     if training:
         enforce(loader_rules(loader, batches))
     if not isinstance(loader, DataLoader):
         return loader
-    enforce(share_rule(loader, replica, batches.replication_factor))
+    enforce(share_rule(loader, replica, replicas))
     if int(os.environ.get("PL_SEED_WORKERS", 0)) and loader.worker_init_fn is None:
         # Lightning would seed workers by the global rank.
         loader.worker_init_fn = partial(pl_worker_init_function, rank=replica)
-    if training:
+    if stage == RunningStage.PREDICTING and divides:
+        share_predictions(loader, partial(ReplicaShare, replica=replica, replicas=replicas))
+    if training or stage == RunningStage.PREDICTING:
         return loader
-    sampler = loader.sampler
-    if type(sampler) is not DistributedSampler:
-        return loader
-    unrepeated = UnrepeatedDistributedSampler(
-        sampler.dataset, sampler.num_replicas, sampler.rank, shuffle=False
-    )
-    return with_sampler(loader, unrepeated)
+    whole = undivided_sampler(loader.sampler)
+    return loader if whole is None else with_sampler(loader, ReplicaShare(whole, replica, replicas))
+
+
+class ReplicaShare(Sampler[object]):
+    """Every n-th index of a sampler, or batch of indices, without repetitions."""
+
+    def __init__(self, sampler: Iterable[object], replica: int, replicas: int) -> None:
+        """Create the share of a replica.
+
+        Args:
+            sampler: The indices of all replicas.
+            replica: Index of the replica.
+            replicas: Number of replicas.
+        """
+        self.sampler = sampler
+        self.replica, self.replicas = replica, replicas
+
+    @override
+    def __iter__(self) -> Iterator[object]:
+        """Yield the indices of the replica."""
+        return islice(iter(self.sampler), self.replica, None, self.replicas)
+
+    def __len__(self) -> int:
+        """Return the number of indices, if that of the sampler is known."""
+        count = len(self.sampler)  # type: ignore[arg-type]
+        return len(range(self.replica, count, self.replicas))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from functools import partial
 from typing import (
+    Any,
     Callable,
     Iterable,
     Iterator,
@@ -25,15 +26,21 @@ from typing import (
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader
 
-from lightning_ipu_bert._compat.loaders import indices_drawn, iterated_by_a_loop
+from lightning_ipu_bert._compat.loaders import indices_drawn, iterated_by_a_loop, sampler_of
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.strategies.distributed import messages
-from lightning_ipu_bert.strategies.distributed.lengths import all_replicas, length_in_replica
-from lightning_ipu_bert.strategies.distributed.loaders import check_examples
+from lightning_ipu_bert.strategies.distributed.lengths import (
+    evaluates_together,
+    length_of_loop,
+    lengths_in_replicas,
+)
+from lightning_ipu_bert.strategies.distributed.loaders import ReplicaShare, check_examples
 from lightning_ipu_bert.strategies.distributed.mesh import Mesh
+from lightning_ipu_bert.strategies.distributed.shared_reading import SharedReading
+from lightning_ipu_bert.strategies.distributed.step_replicas import Replicas, StepReplicas
 from lightning_ipu_bert.training.random_states import GeneratorStates, seed_generators
 
 
@@ -46,28 +53,35 @@ class Message(NamedTuple):
     indices: Sequence[object] = ()
     """Indices of the batches drawn since the previous message, in `predict`."""
     is_end: bool = False
+    replicas: Replicas = ()
+    """The replicas that run the step of the batch."""
+    is_divided: bool = True
+    """Whether the examples of the epoch are divided among replicas."""
 
 
 class ReplicaReader:
     """Lets the loops of a Trainer iterate over loaders on one rank of each replica."""
 
-    def __init__(self, mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, mesh: Mesh, device: torch.device, replicas: StepReplicas) -> None:
         """Create the reader of a run.
 
         Args:
             mesh: Mesh coordinates and groups of this rank.
             device: Device of the collectives of replicas.
+            replicas: The replicas that run a step.
         """
         self.mesh = mesh
         self.device = device
+        self.replicas = replicas
         self.reads = mesh.pipeline_rank == 0
         """Whether this rank reads."""
         self.before_next: Optional[GeneratorStates] = None
         """States to restore before the next training batch is read: a run resumes in an epoch."""
         self._order_seed: Optional[int] = None
+        self._divides = True  # whether the loaders of an evaluation are divided among replicas
         self._attached: List[Tuple[object, type]] = []
 
-    def attach(self, loader: Iterable[object], training: bool) -> Iterable[object]:
+    def attach(self, loader: Iterable[object], stage: RunningStage) -> Iterable[object]:
         """Return the loader, which is read by one rank of each replica.
 
         Its class is replaced by a derived one until `detach`, so that the object, and all that
@@ -75,16 +89,20 @@ class ReplicaReader:
 
         Args:
             loader: Any iterable over batches.
-            training: Whether replicas must have the same number of batches.
+            stage: What its batches are for.
         """
-        length = length_in_replica(loader, self.mesh, self.device, training)
-        if training and self.num_replicas > 1 and isinstance(loader, DataLoader):
-            self._order_alike(loader.sampler)
+        training = stage == RunningStage.TRAINING
+        lengths = lengths_in_replicas(loader, self.mesh, self.device)
+        length = length_of_loop(lengths, training)
+        if lengths and not min(lengths) and evaluates_together(stage):
+            self._divides, length = False, sum(lengths)
+        if self.num_replicas > 1 and isinstance(loader, DataLoader):
+            self._order_alike(sampler_of(loader))
         try:
-            self._derive(loader, length, training)
+            self._derive(loader, length, stage)
         except TypeError:  # of built-in types: a list of batches, a generator
             loader = _Iterable(loader)
-            self._derive(loader, length, training)
+            self._derive(loader, length, stage)
         return loader
 
     def detach(self) -> None:
@@ -104,14 +122,14 @@ class ReplicaReader:
         Lightning divides the indices that every replica draws: in different orders, examples would
         be read twice or never.
         """
-        if type(sampler) is not DistributedSamplerWrapper:
+        if not isinstance(sampler, (DistributedSamplerWrapper, ReplicaShare)):
             return
+        kind: Any = type(sampler)
 
-        def __iter__(own: DistributedSamplerWrapper) -> Iterator[object]:  # noqa: N807
+        def __iter__(own: object) -> Iterator[object]:  # noqa: N807
             with self._drawing_alike():
-                return DistributedSamplerWrapper.__iter__(own)
+                return iter(kind.__iter__(own))
 
-        kind = type(sampler)
         sampler.__class__ = type(kind.__name__, (kind,), {"__iter__": __iter__})
         self._attached.append((sampler, kind))
 
@@ -126,12 +144,12 @@ class ReplicaReader:
         finally:
             own.restore()
 
-    def _derive(self, loader: Iterable[object], length: Optional[int], training: bool) -> None:
+    def _derive(self, loader: Iterable[object], length: Optional[int], stage: RunningStage) -> None:
         kind: Type[Iterable[object]] = type(loader)
 
         def __iter__(own: Iterable[object]) -> Iterator[object]:  # noqa: N807
             read: Callable[[], Iterator[object]] = partial(kind.__iter__, own)
-            return self._begin(own, read, training) if iterated_by_a_loop() else read()
+            return self._begin(own, read, stage) if iterated_by_a_loop() else read()
 
         def __len__(own: object) -> int:  # noqa: N807
             if length is None:
@@ -142,13 +160,13 @@ class ReplicaReader:
         self._attached.append((loader, kind))
 
     def _begin(
-        self, loader: object, read: Callable[[], Iterator[object]], training: bool
+        self, loader: object, read: Callable[[], Iterator[object]], stage: RunningStage
     ) -> Iterator[object]:
         """Create the iterator of an epoch, on all ranks together."""
         if not self.reads:
             self._next_message().generators.restore()
             return self._receive(indices_drawn(loader, iterated=False))
-        if training and self.num_replicas > 1:
+        if self.num_replicas > 1:
             seed = torch.tensor(GeneratorStates.current().seed("order"), device=self.device)
             dist.broadcast(
                 seed, dist.get_global_rank(self.mesh.replica_group, 0), self.mesh.replica_group
@@ -156,28 +174,30 @@ class ReplicaReader:
             self._order_seed = int(seed)
         iterator = read()
         self._send(Message(GeneratorStates.current()))
-        return self._read(loader, iterator, training)
+        shared = SharedReading(self.mesh, self.device, self.replicas)
+        if stage == RunningStage.TRAINING:
+            return self._read(loader, shared.of_training(self._resumed(iterator)))
+        together = evaluates_together(stage)
+        return self._read(loader, shared.of_evaluation(iterator, together, self._divides))
 
-    def _read(self, loader: object, iterator: Iterator[object], training: bool) -> Iterator[object]:
-        if training and self.before_next is not None:
+    def _resumed(self, iterator: Iterator[object]) -> Iterator[object]:
+        """Yield batches, the first one with the random states from which a run resumes."""
+        if self.before_next is not None:
             self.before_next.restore()
             self.before_next = None
+        yield from iterator
+
+    def _read(self, loader: object, batches: Iterator[Tuple[object, Replicas]]) -> Iterator[object]:
+        """Send the batches to the other stages of this replica, and yield them."""
         drawn, sent = indices_drawn(loader, iterated=True), 0
-        for number, batch in enumerate(iterator):
-            if training and not self._agree(True):
-                rank_zero_warn(
-                    "Replicas have different numbers of training batches: the epoch ends with "
-                    "the first of them. Divide the data equally, e.g. by "
-                    "trainer.distributed_sampler_kwargs."
-                )
-                break
+        for number, (batch, replicas) in enumerate(batches):
             check_examples(batch, loader, is_first=number == 0)
-            self._send(Message(GeneratorStates.current(), batch, drawn[sent:]))
+            self.replicas.read(replicas)
+            divided = self.replicas.is_divided
+            states = GeneratorStates.current()
+            self._send(Message(states, batch, drawn[sent:], False, replicas, divided))
             sent = len(drawn)
             yield batch
-        else:
-            if training:
-                self._agree(False)
         self._send(Message(GeneratorStates.current(), is_end=True))
 
     def _receive(self, drawn: List[object]) -> Iterator[object]:
@@ -187,15 +207,15 @@ class ReplicaReader:
             if message.is_end:
                 return
             drawn += message.indices
+            if not message.is_divided:
+                self.replicas.evaluate_alone()
+            self.replicas.read(message.replicas)
             yield message.batch
 
     def _next_message(self) -> Message:
         message = messages.receive(self.mesh.data_group)
         assert isinstance(message, Message)
         return message
-
-    def _agree(self, has_one: bool) -> bool:
-        return all_replicas(has_one, self.mesh, self.device)
 
     def _send(self, message: Message) -> None:
         if dist.get_world_size(self.mesh.data_group) == 1:

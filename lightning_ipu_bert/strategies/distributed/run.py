@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.precision import Precision
 from torch.optim import Optimizer
 
 from lightning_ipu_bert._compat.lightning import averaged_models, callbacks_of
+from lightning_ipu_bert._compat.loaders import divides_data
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.rules import enforce
 from lightning_ipu_bert.strategies.distributed import mesh as collectives
@@ -71,12 +72,15 @@ class Run:
         self.shards: Dict[int, OptimizerShards] = {}
         """By id of the optimizer."""
         self.norms = norms
-        self.reader = ReplicaReader(self.mesh, device)
+        self.reader = ReplicaReader(self.mesh, device, ranks.step_replicas)
         self.generators = ReplicaGenerators(self.mesh, self.reader, ranks.loaded_generators)
         ranks.loaded_generators = []
         self.weights = weights.StageWeights(self.plan, set(self.stages), self.mesh.pipeline_group)
         self.copies = ModelCopies(self.mesh.pipeline_group)
-        self.hooks = RunHooks(self.mesh, self.generators, self.load_all, self.load_buffers)
+        self.hooks = RunHooks(
+            self.mesh, ranks.step_replicas, self.generators, self.load_all, self.load_buffers
+        )
+        self._first_callbacks = (ranks.step_replicas, self.hooks)
         self.signals = signals_of_ranks(ranks.environment, device, ranks.end_at_once)
         self._has_all = False  # whether the module has the weights of all stages
         self.failed = False
@@ -106,14 +110,16 @@ class Run:
         )
         count_replicas(self.trainer, self.plan)
         callbacks = callbacks_of(self.trainer)
-        callbacks[:] = [self.hooks, *callbacks, self.signals]
+        callbacks[:] = [*self._first_callbacks, *callbacks, self.signals]
         self.hooks.attach(self.module)
 
-    def loader(self, loader: Iterable[object], training: bool) -> Iterable[object]:
+    def loader(self, loader: Iterable[object]) -> Iterable[object]:
         """Return a loader of the Trainer as a loader of this replica, read by its first rank."""
-        batches = self.plan.main.batches
-        own = loader_of_replica(loader, batches, self.mesh.replica, training)
-        return self.reader.attach(own, training)
+        batches, stage = self.plan.main.batches, self.trainer.state.stage
+        assert stage is not None
+        divides = divides_data(self.trainer)
+        own = loader_of_replica(loader, batches, self.mesh.replica, stage, divides)
+        return self.reader.attach(own, stage)
 
     def shard_optimizers(self, optimizers: List[Optimizer]) -> None:
         """Shard the optimizers over replicas and move their state off the device, as planned."""
@@ -200,7 +206,8 @@ class Run:
         self.reader.detach()
         self.hooks.detach()
         callbacks = callbacks_of(self.trainer)
-        callbacks[:] = [c for c in callbacks if c not in (self.hooks, self.signals)]
+        own = (*self._first_callbacks, self.signals)
+        callbacks[:] = [callback for callback in callbacks if callback not in own]
         for shards in self.shards.values():
             shards.detach()
 

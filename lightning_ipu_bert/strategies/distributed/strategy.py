@@ -19,7 +19,7 @@ from lightning_ipu_bert.pipeline.config import PipelineConfig
 from lightning_ipu_bert.pipeline.facts import StrategyFacts
 from lightning_ipu_bert.strategies.arguments import pipeline_config, plan_fields, suggest_names
 from lightning_ipu_bert.strategies.distributed import mesh
-from lightning_ipu_bert.strategies.distributed.checks import is_training
+from lightning_ipu_bert.strategies.distributed.checks import is_predicting
 from lightning_ipu_bert.strategies.distributed.generators import generators_in
 from lightning_ipu_bert.strategies.distributed.launch.ranks import Launcher, Ranks
 from lightning_ipu_bert.strategies.distributed.mesh import Group
@@ -125,7 +125,8 @@ class PipelineParallelStrategy(ParallelStrategy):
     @property
     def is_distributed(self) -> bool:
         """Whether Lightning must divide the examples of loaders among replicas."""
-        return self.config.replication_factor > 1
+        # Its sampler for predictions fails if there are fewer examples than replicas.
+        return self.config.replication_factor > 1 and not is_predicting(self.lightning_module)
 
     @property
     def num_processes(self) -> int:
@@ -198,7 +199,7 @@ class PipelineParallelStrategy(ParallelStrategy):
 
     @override
     def process_dataloader(self, dataloader: Any) -> object:
-        return self.run.loader(dataloader, is_training(self.lightning_module))
+        return self.run.loader(dataloader)
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:

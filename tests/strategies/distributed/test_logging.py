@@ -109,7 +109,7 @@ class Evaluating(Project):
     def __init__(self):
         super().__init__()
         self.stepwise = SumMetric(dist_sync_on_step=True)
-        self.counts = MetricCollection({"examples": SumMetric(), "values": MeanMetric()})
+        self.counts = MetricCollection({"examples": SumMetric(), "average": MeanMetric()})
         self.gathered, self.seen = 0, []
 
     def step(self, batch, prefix):
@@ -121,7 +121,7 @@ class Evaluating(Project):
         self.log("highest", x.max(), on_step=True, on_epoch=True, sync_dist=True, reduce_fx="max")
         self.stepwise(torch.tensor(float(count)))
         self.counts["examples"].update(torch.tensor(float(count)))
-        self.counts["values"].update(x)
+        self.counts["average"].update(x)
         self.gathered += int(self.all_gather(torch.tensor(count)).sum())
         self.seen += x[:, 0].tolist()
 

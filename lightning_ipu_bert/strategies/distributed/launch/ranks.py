@@ -22,6 +22,7 @@ from lightning_ipu_bert.strategies.distributed.checks import resolve_plan, resol
 from lightning_ipu_bert.strategies.distributed.launch.launcher import ScriptLauncher
 from lightning_ipu_bert.strategies.distributed.launch.notebook import NotebookLauncher
 from lightning_ipu_bert.strategies.distributed.mesh import Group, Mesh, broadcast, create_mesh
+from lightning_ipu_bert.strategies.distributed.step_replicas import StepReplicas
 from lightning_ipu_bert.training.random_states import GeneratorStates
 
 Launcher = Union[ScriptLauncher, NotebookLauncher]
@@ -54,6 +55,7 @@ class Ranks:
         self.loaded_generators: List[GeneratorStates] = []
         """Random states of the replicas in the checkpoint from which the next run resumes."""
         self._plan: Optional[Plan] = None  # of the next run
+        self._step_replicas: Optional[StepReplicas] = None
         self._ignored = ignored
         self._backend = backend
         self._timeout = timedelta(seconds=timeout_seconds)
@@ -68,8 +70,14 @@ class Ranks:
 
     @property
     def replica_group(self) -> Group:
-        """The ranks that hold the same stages, one per replica; None before `join`."""
-        return None if self.mesh is None else self.mesh.replica_group
+        """The ranks that hold the same stages, one per replica of a step; None before `join`."""
+        return None if self._step_replicas is None else self._step_replicas.group
+
+    @property
+    def step_replicas(self) -> StepReplicas:
+        """The replicas that run a step."""
+        assert self._step_replicas is not None
+        return self._step_replicas
 
     def replicas_or(self, group: Group) -> Group:
         """Return a group of the user, or `replica_group`: `self.all_gather` passes all ranks."""
@@ -135,6 +143,7 @@ class Ranks:
             self.mesh = create_mesh(
                 device.type, shape.batches.replication_factor, shape.ranks_per_replica
             )
+            self._step_replicas = StepReplicas(self.mesh)
 
     def take_plan(self, trainer: Trainer) -> Plan:
         """Return the plan of the next run, and reset it."""
