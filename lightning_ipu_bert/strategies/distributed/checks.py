@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Iterator, List, Optional, Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_ipu_bert._compat.lightning import trainer_of
+from lightning_ipu_bert._compat.lightning import callbacks_of, datamodule_of
 from lightning_ipu_bert._compat.torch import has_pipelining, is_compiled
 from lightning_ipu_bert.pipeline.blocks import block_rules, outline_of
 from lightning_ipu_bert.pipeline.config import PipelineConfig
@@ -72,12 +73,14 @@ def resolve_run(trainer: Trainer, args: Any, config: PipelineConfig) -> Optional
         enforce(module_rules(module))
         if not is_created_later(module):
             plan = resolve_plan(module, config, fitting)
+    enforce(package_rule(trainer))
     enforce(refusals.accumulation_rule(trainer))
     enforce(refusals.batch_norm_rule(trainer))
     enforce(refusals.callback_rules(trainer, refusals.ON_RANKS))
     if fitting:
         enforce(config.training_rules())
-        enforce(loader_rules(args[1] if len(args) > 1 else None, config.batches))
+        loaders = args[1] if len(args) > 1 and not tunes_batch_size(trainer) else None
+        enforce(loader_rules(loaders, config.batches))
     enforce(torch_rule())
     return plan
 
@@ -132,7 +135,20 @@ def is_created_later(module: LightningModule) -> bool:
     return False
 
 
-def is_predicting(module: Optional[LightningModule]) -> bool:
-    """Return whether the Trainer of a module predicts."""
-    trainer = trainer_of(module)
-    return trainer is not None and bool(trainer.predicting)
+def tunes_batch_size(trainer: Trainer) -> bool:
+    """Return whether a callback changes the batch size, to any number of examples."""
+    return any(isinstance(callback, BatchSizeFinder) for callback in callbacks_of(trainer))
+
+
+def package_rule(trainer: Trainer) -> Iterator[Violation]:
+    """Objects of the Trainer must be of the same package."""
+    loggers: List[object] = list(trainer.loggers)
+    for part in [*callbacks_of(trainer), *loggers, datamodule_of(trainer)]:
+        packages = {kind.__module__.partition(".")[0] for kind in type(part).__mro__}
+        if "pytorch_lightning" in packages:
+            yield Violation(
+                type(part).__name__,
+                None,
+                "is of the package pytorch_lightning, but the Trainer is of lightning",
+                "Import everything from lightning.pytorch.",
+            )

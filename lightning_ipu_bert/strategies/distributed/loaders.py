@@ -99,6 +99,7 @@ def loader_of_replica(
     replica: int,
     stage: RunningStage,
     divides: bool,
+    any_size: bool = False,
 ) -> Iterable[object]:
     """Return a loader sharded over replicas, without repeated examples in evaluation.
 
@@ -111,13 +112,14 @@ def loader_of_replica(
         replica: Index of the replica of this rank.
         stage: What its batches are for.
         divides: Whether data is divided by Lightning, and not by the user.
+        any_size: Whether batches may have any size, which is being tuned.
 
     Raises:
         UserError: If training batches are not divisible into micro-batches, or the data is divided
             among other processes than replicas.
     """
     training, replicas = stage == RunningStage.TRAINING, batches.replication_factor
-    if training:
+    if training and not any_size:
         enforce(loader_rules(loader, batches))
     if not isinstance(loader, DataLoader):
         return loader

@@ -12,6 +12,8 @@ from lightning_ipu_bert._compat.torch import without_torch_function
 from lightning_ipu_bert.batch_trees import tensors_of
 from lightning_ipu_bert.errors import UserError
 
+MOVES = (Tensor.to, Tensor.cpu, Tensor.cuda)
+
 
 class OtherStageParameter(nn.Parameter):
     """A meta tensor in place of a parameter that is on another rank.
@@ -56,6 +58,8 @@ class OtherStageParameter(nn.Parameter):
             with without_torch_function():
                 result: object = func(*args, **(kwargs or {}))
         except (RuntimeError, NotImplementedError) as error:
+            if func in MOVES:
+                return args[0]  # e.g. of copy.cpu()
             raise UserError(_message(location)) from error
         if torch.is_grad_enabled() and any(tensor.grad_fn for tensor in tensors_of(result)):
             raise UserError(_message(location))

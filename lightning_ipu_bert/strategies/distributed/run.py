@@ -17,7 +17,7 @@ from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.rules import enforce
 from lightning_ipu_bert.strategies.distributed import mesh as collectives
 from lightning_ipu_bert.strategies.distributed import weights
-from lightning_ipu_bert.strategies.distributed.checks import optimizer_rules
+from lightning_ipu_bert.strategies.distributed.checks import optimizer_rules, tunes_batch_size
 from lightning_ipu_bert.strategies.distributed.copies import ModelCopies, completed
 from lightning_ipu_bert.strategies.distributed.executor import TorchPipelineExecutor
 from lightning_ipu_bert.strategies.distributed.generators import ReplicaGenerators
@@ -113,12 +113,21 @@ class Run:
         callbacks[:] = [*self._first_callbacks, *callbacks, self.signals]
         self.hooks.attach(self.module)
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether Lightning must divide examples among replicas.
+
+        Not for `predict`: its sampler fails if there are fewer examples than replicas. And not
+        before the run: BatchSizeFinder refuses to run when examples are divided.
+        """
+        return self.plan.main.batches.replication_factor > 1 and not self.trainer.predicting
+
     def loader(self, loader: Iterable[object]) -> Iterable[object]:
         """Return a loader of the Trainer as a loader of this replica, read by its first rank."""
         batches, stage = self.plan.main.batches, self.trainer.state.stage
         assert stage is not None
-        divides = divides_data(self.trainer)
-        own = loader_of_replica(loader, batches, self.mesh.replica, stage, divides)
+        divides, tunes = divides_data(self.trainer), tunes_batch_size(self.trainer)
+        own = loader_of_replica(loader, batches, self.mesh.replica, stage, divides, tunes)
         return self.reader.attach(own, stage)
 
     def shard_optimizers(self, optimizers: List[Optimizer]) -> None:

@@ -19,7 +19,6 @@ from lightning_ipu_bert.pipeline.config import PipelineConfig
 from lightning_ipu_bert.pipeline.facts import StrategyFacts
 from lightning_ipu_bert.strategies.arguments import pipeline_config, plan_fields, suggest_names
 from lightning_ipu_bert.strategies.distributed import mesh
-from lightning_ipu_bert.strategies.distributed.checks import is_predicting
 from lightning_ipu_bert.strategies.distributed.generators import generators_in
 from lightning_ipu_bert.strategies.distributed.launch.ranks import Launcher, Ranks
 from lightning_ipu_bert.strategies.distributed.mesh import Group
@@ -84,7 +83,7 @@ class PipelineParallelStrategy(ParallelStrategy):
             process_group_backend: Backend of torch.distributed; gloo on CPUs, NCCL on GPUs.
             timeout_seconds: Timeout of communication between ranks.
             start_method: How ranks on this machine are started; use fork in notebooks.
-            accelerator: Set by the Trainer, like the next four.
+            accelerator: Set by the Trainer, like the others below.
             parallel_devices: Devices on this machine.
             cluster_environment: Ranks and addresses of the processes.
             checkpoint_io: Plugin that reads and writes checkpoints.
@@ -125,8 +124,7 @@ class PipelineParallelStrategy(ParallelStrategy):
     @property
     def is_distributed(self) -> bool:
         """Whether Lightning must divide the examples of loaders among replicas."""
-        # Its sampler for predictions fails if there are fewer examples than replicas.
-        return self.config.replication_factor > 1 and not is_predicting(self.lightning_module)
+        return self._run is not None and self._run.is_divided
 
     @property
     def num_processes(self) -> int:
@@ -214,8 +212,9 @@ class PipelineParallelStrategy(ParallelStrategy):
             return super().optimizer_step(optimizer, averaged, *args, **kwargs)
 
     @override
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:
-        checkpoint: Dict[str, Any] = super().load_checkpoint(*args, **kwargs)
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+        path = self.broadcast(checkpoint_path)  # BatchSizeFinder invents one on every rank
+        checkpoint: Dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
         self._ranks.loaded_generators = generators_in(checkpoint)
         return checkpoint
 

@@ -73,7 +73,7 @@ class Keeping(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx % 2:
-            self.kept.append(deepcopy(pl_module))
+            self.kept.append(deepcopy(pl_module).cpu())
         with torch.no_grad():
             self.outputs.append([copy.eval().run_output(batch) for copy in self.kept])
 
