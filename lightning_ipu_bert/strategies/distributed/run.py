@@ -222,7 +222,9 @@ class Run:
 
 
 def report_failure(rank: int, run: Optional[Run], exception: BaseException) -> None:
-    """Print in one line which rank failed in which step, unless the error is printed elsewhere."""
+    """Note a failure, and print which rank failed in which step, unless it is printed elsewhere."""
+    if run is not None:
+        run.failed = True
     if isinstance(exception, (UserError, SystemExit, KeyboardInterrupt)):
         return
     step = 0 if run is None else run.trainer.global_step

@@ -166,9 +166,7 @@ class PipelineParallelStrategy(ParallelStrategy):
         return mesh.broadcast(obj, src)
 
     @override
-    def reduce(
-        self, tensor: T, group: Group = None, reduce_op: object = "mean"
-    ) -> Union[T, Tensor]:
+    def reduce(self, tensor: T, group: Group = None, reduce_op: object = "mean") -> Any:
         return mesh.reduce(tensor, group or self._ranks.replica_group, reduce_op)
 
     @override
@@ -238,8 +236,6 @@ class PipelineParallelStrategy(ParallelStrategy):
         self.run.load_optimizer_states(self.optimizers, checkpoint)
 
     def _fail(self, exception: BaseException) -> None:
-        if self._run is not None:
-            self._run.failed = True
         report_failure(self.global_rank, self._run, exception)
 
     @override
