@@ -6,6 +6,8 @@ Files are relative to https://github.com/pytorch/pytorch/tree/main.
   remain. No public API in 2.13.
 - `Module._compiled_call_impl` (torch/nn/modules/module.py), `torch._dynamo.OptimizedModule`
   (torch/_dynamo/eval_frame.py): how a compiled module is called. No public API in 2.13.
+- `Module._forward_pre_hooks` (torch/nn/modules/module.py): whether hooks were removed. No public
+  API in 2.13.
 - `Tensor._backward_hooks`, `_post_accumulate_grad_hooks` (torch/_tensor.py): whether hooks are
   registered. No public API in 2.13.
 - `torch._C.DisableTorchFunction` (torch/csrc (docs: "Extending PyTorch")): PopTorch's parameters
@@ -79,6 +81,11 @@ def is_compiled(module: nn.Module) -> bool:
     dynamo: Any = sys.modules.get("torch._dynamo")  # not imported here: it takes a second
     wraps = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
     return wraps or is_compiled_in_place(module)
+
+
+def count_pre_hooks(module: nn.Module) -> int:
+    """Return the number of forward pre-hooks of a module and all its parts."""
+    return sum(len(part._forward_pre_hooks) for part in module.modules())
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:

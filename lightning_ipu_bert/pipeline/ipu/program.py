@@ -99,7 +99,8 @@ def program_rules(program: ProgramConfig, auto_round_num_ipus: bool = False) -> 
     yield from _ipu_rules(program, auto_round_num_ipus)
 
 
-def _ipu_rules(program: ProgramConfig, auto_round_num_ipus: bool) -> Iterator[Violation]:
+def ipu_limit_rule(program: ProgramConfig) -> Iterator[Violation]:
+    """A process can use a limited number of IPUs."""
     ipus, stages = program.shape.num_devices, program.shape.num_stages
     field, value = f"{program.prefix}replication_factor", program.shape.batches.replication_factor
     if ipus > MAX_IPUS:
@@ -109,6 +110,12 @@ def _ipu_rules(program: ProgramConfig, auto_round_num_ipus: bool) -> Iterator[Vi
             f"x {stages} stages is {ipus} IPUs, but a process can use at most {MAX_IPUS}",
             "Use fewer replicas, or start several processes with poprun.",
         )
+
+
+def _ipu_rules(program: ProgramConfig, auto_round_num_ipus: bool) -> Iterator[Violation]:
+    yield from ipu_limit_rule(program)
+    ipus, stages = program.shape.num_devices, program.shape.num_stages
+    field, value = f"{program.prefix}replication_factor", program.shape.batches.replication_factor
     if ipus & (ipus - 1) and not auto_round_num_ipus:
         yield Violation(
             field,

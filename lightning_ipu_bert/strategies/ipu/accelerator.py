@@ -10,6 +10,7 @@ from lightning.pytorch.accelerators import Accelerator
 from typing_extensions import override
 
 from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.pipeline.ipu.program import MAX_IPUS
 
 ONLY_OURS = (
     "accelerator='ipu' requires IPUStrategy, but strategy={strategy} is set. Use "
@@ -60,10 +61,10 @@ class IPUAccelerator(Accelerator):
             number = 0 if count in ("auto", -1, "-1") else int(count)
         except ValueError:
             number = -1
-        if number < 0:
+        if not 0 <= number <= MAX_IPUS:
             raise UserError(
-                f"devices={devices!r} must be a number of IPUs. Remove it to use as many as "
-                "needed, or set it to stages x replicas."
+                f"devices={devices!r} must be a number of IPUs, at most {MAX_IPUS} for a process. "
+                "Remove it to use as many as needed, or set it to stages x replicas."
             )
         return number
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator, List, Optional, Tuple
+from typing import Any, Iterator, Optional, Tuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 
 from lightning_ipu_bert._compat.lightning import callbacks_of, every_n_train_steps
 from lightning_ipu_bert.pipeline.blocks import ModuleOutline, block_rules, outline_of
@@ -21,6 +21,8 @@ from lightning_ipu_bert.pipeline.rules import Violation, enforce
 from lightning_ipu_bert.strategies import refusals
 from lightning_ipu_bert.strategies.ipu.hardware import check_hardware, check_poprun
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def resolve_run(trainer: Trainer, module: Any, config: IPUConfig, auto_round: bool) -> Plan:
@@ -106,6 +108,42 @@ def device_rules(given: int, config: IPUConfig, auto_round: bool) -> Iterator[Vi
         )
 
 
+def loss_scaling_rule(loss_scaling: Optional[float]) -> Iterator[Violation]:
+    """The loss scaling must be a positive number."""
+    if loss_scaling is not None and not 0 < loss_scaling < float("inf"):
+        yield Violation(
+            "loss_scaling",
+            loss_scaling,
+            "must be above 0 and finite",
+            "Use a power of two, e.g. 128, or null.",
+        )
+
+
+def node_rule(num_nodes: int) -> Iterator[Violation]:
+    """IPUs of other machines are used by poprun, not by Lightning."""
+    if num_nodes != 1:
+        yield Violation(
+            "num_nodes",
+            num_nodes,
+            "must be 1 on IPUs, whose processes are started by poprun",
+            "Set it to 1, and start the processes of all machines with poprun.",
+        )
+
+
+def batch_norm_rule(module: nn.Module, replicas: int, options: Any) -> Iterator[Violation]:
+    """Replicas need statistics of their own: PopTorch cannot broadcast buffers."""
+    norms = [n for n, part in module.named_modules() if isinstance(part, BATCH_NORMS)]
+    if replicas > 1 and norms and options.broadcast_buffers:
+        yield Violation(
+            f"{type(module).__name__}.{norms[0]}",
+            None,
+            f"updates statistics in training, which replication_factor={replicas} cannot keep "
+            "equal on all replicas",
+            "If they may differ, pass edit_options=lambda options, training: "
+            "options.broadcastBuffers(False) to IPUStrategy.",
+        )
+
+
 def trainer_rules(
     trainer: Trainer, module: LightningModule, device_iterations: int
 ) -> Iterator[Violation]:
@@ -157,14 +195,15 @@ def _interval_rules(trainer: Trainer, updates: int) -> Iterator[Violation]:
         )
 
 
+def is_dev_run(trainer: Trainer) -> bool:
+    """Return whether the Trainer runs a few batches only, which are calls on IPUs."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
 def _intervals(trainer: Trainer) -> Iterator[Tuple[str, int]]:
     """Yield the intervals that count updates."""
-    if trainer.max_steps and trainer.max_steps > 0:
+    if trainer.max_steps and trainer.max_steps > 0 and not is_dev_run(trainer):
         yield "max_steps", trainer.max_steps
-    loggers: List[Logger] = trainer.loggers
-    every_n_steps = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    if loggers and every_n_steps:
-        yield "log_every_n_steps", every_n_steps
     callbacks = callbacks_of(trainer)
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and every_n_train_steps(callback):

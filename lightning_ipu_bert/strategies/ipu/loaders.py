@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Literal, Optional
+from typing import Any, Dict, Iterator, Literal, Optional
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
@@ -11,7 +11,7 @@ from lightning_ipu_bert._compat.loaders import record_indices, unwrapped_batch_s
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.batches import micro_batch_size_of
 from lightning_ipu_bert.pipeline.ipu.program import ProgramConfig, enough_data_rule
-from lightning_ipu_bert.pipeline.rules import enforce
+from lightning_ipu_bert.pipeline.rules import Violation, enforce
 from lightning_ipu_bert.strategies.ipu.loader_class import FlattenedBatchSampler, loader_like
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
@@ -22,7 +22,7 @@ MODES = {"sync": "Sync", "async": "Async", "async_rebatched": "AsyncRebatched"}
 
 def ipu_loader(
     loader: object,
-    options: object,
+    options: Any,
     program: ProgramConfig,
     accumulation: int,
     mode: LoaderMode = "sync",
@@ -43,7 +43,10 @@ def ipu_loader(
             there is not enough training data.
     """
     poptorch = import_poptorch()
-    if not isinstance(loader, DataLoader) or isinstance(loader, poptorch.DataLoader):
+    if isinstance(loader, poptorch.DataLoader):
+        enforce(options_rule(loader.options, options, program.training))
+        return loader
+    if not isinstance(loader, DataLoader):
         return loader
     if loader.batch_sampler is None:
         return loader  # the dataset yields batches
@@ -61,6 +64,26 @@ def ipu_loader(
     )
     record_indices(result, like=loader)
     return result
+
+
+def options_rule(given: Any, expected: Any, training: bool) -> Iterator[Violation]:
+    """A `poptorch.DataLoader` of the user must make batches of the size of a call."""
+    for name, found, needed in (
+        ("deviceIterations", given.device_iterations, expected.device_iterations),
+        ("replicationFactor", given.replication_factor, expected.replication_factor),
+        (
+            "Training.gradientAccumulation",
+            given.Training.gradient_accumulation,
+            expected.Training.gradient_accumulation,
+        ),
+    ):
+        if found != needed:
+            yield Violation(
+                f"The options of a poptorch.DataLoader with {name}({found})",
+                None,
+                f"differ from {needed} of the program",
+                f"Create it with trainer.strategy.poptorch_options(training={training}).",
+            )
 
 
 def _batch_arguments(loader: Any, program: ProgramConfig, accumulation: int) -> Dict[str, Any]:

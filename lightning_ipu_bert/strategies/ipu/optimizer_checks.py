@@ -56,8 +56,9 @@ def optimizer_rules(
     optimizer = optimizers[0]
     name = type(optimizer).__name__
     if type(optimizer) not in OPTIMIZERS:  # a subclass may compute other updates
-        known = ", ".join(kind.__name__ for kind in OPTIMIZERS)
-        yield Violation(name, None, "is not supported on IPUs", f"Use {known}, or LAMB by lamb.")
+        known = ", ".join(f"torch.optim.{kind.__name__}" for kind in OPTIMIZERS)
+        own = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        yield Violation(own, None, "is not supported on IPUs", f"Use {known}, or LAMB by lamb.")
     if lamb and not isinstance(optimizer, AdamW):
         rule = f"takes its hyperparameters from AdamW, but the optimizer is {name}"
         yield Violation("lamb", None, rule, "Use AdamW.")

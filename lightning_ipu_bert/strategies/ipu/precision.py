@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ipu_bert.pipeline.rules import choice_rule, enforce
 from lightning_ipu_bert.strategies.refusals import precision_of
 
 SUPPORTED = ("32-true", "16-true")
@@ -26,7 +27,11 @@ class IPUPrecision(Precision):
 
         Args:
             precision: 32-true, or 16-true for float16 weights and activations.
+
+        Raises:
+            UserError: If it is something else.
         """
+        enforce(choice_rule("precision", precision, SUPPORTED))
         self.precision = precision
 
     @property

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import Precision
@@ -16,33 +15,29 @@ from torch.optim import Optimizer
 
 from lightning_ipu_bert._compat.lightning import callbacks_of
 from lightning_ipu_bert.checkpoint_file import IPU_KEY
+from lightning_ipu_bert.pipeline.facts import StrategyFacts
 from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 from lightning_ipu_bert.pipeline.progress import progress_rules
 from lightning_ipu_bert.pipeline.rules import enforce
-from lightning_ipu_bert.strategies.ipu.checks import check_sdk, resolve_run
+from lightning_ipu_bert.strategies.ipu.checks import batch_norm_rule, check_sdk, resolve_run
 from lightning_ipu_bert.strategies.ipu.console import plan_lines
 from lightning_ipu_bert.strategies.ipu.executor import IPUExecutor
-from lightning_ipu_bert.strategies.ipu.loaders import LoaderMode, ipu_loader
+from lightning_ipu_bert.strategies.ipu.loaders import ipu_loader
 from lightning_ipu_bert.strategies.ipu.optimizer_checks import optimizer_rules
 from lightning_ipu_bert.strategies.ipu.precision import IPUPrecision
 from lightning_ipu_bert.strategies.ipu.profiling import profiled
+from lightning_ipu_bert.strategies.ipu.program.annotations import notice_removed_blocks
+from lightning_ipu_bert.strategies.ipu.program.compiler import ProgramCompiler
 from lightning_ipu_bert.strategies.ipu.program.offline import CompiledOffline, compile_and_end
 from lightning_ipu_bert.strategies.ipu.program.optimizer import IPUOptimizer, OptimizerOptions
-from lightning_ipu_bert.strategies.ipu.program.options import OptionsContext, ipu_options
 from lightning_ipu_bert.strategies.ipu.program.random_state import RandomState
-from lightning_ipu_bert.strategies.ipu.updates import UpdatesOfACall, schedules_of_every_update
+from lightning_ipu_bert.strategies.ipu.run_options import RunOptions, program_options
+from lightning_ipu_bert.strategies.ipu.updates import (
+    UpdatesOfACall,
+    intervals_in_calls,
+    schedules_of_every_update,
+)
 from lightning_ipu_bert.training.interrupts import SignalsBetweenSteps
-
-
-class RunOptions(NamedTuple):
-    """Options of a run that are not in the IPU config; see `IPUStrategy`."""
-
-    loss_scaling: Optional[float] = None
-    lamb: bool = False
-    loader_mode: LoaderMode = "sync"
-    auto_round_num_ipus: bool = False
-    compile_only: bool = False
-    edit_options: Optional[Callable[[object, bool], None]] = None
 
 
 class Run:
@@ -82,7 +77,7 @@ class Run:
         """Whether weights are float16."""
         self._updates = UpdatesOfACall(config.device_iterations)
         self._signals = SignalsBetweenSteps()
-        self._poptorch_options: Dict[bool, Any] = {}
+        self._poptorch_options: Dict[Tuple[bool, bool], Any] = {}
         self._batch_sizes: Dict[bool, int] = {}
         self._cleanup = ExitStack()
         check_sdk(config, self.plan, module, options.compile_only)
@@ -108,15 +103,20 @@ class Run:
         self.executor = self.module.pipeline_executor = IPUExecutor(
             self.module,
             self.config,
-            self.plan,
-            self._options_for,
-            self._batch_sizes.get,
+            ProgramCompiler(
+                self.module, self.config, self.plan, self._options_for, self._batch_sizes.get
+            ),
             RandomState(self.loaded),
             offline=self.options.compile_only,
         )
         for part in self.module.modules():  # weights may be loaded into a submodule only
             hook = part.register_load_state_dict_post_hook(self._weights_were_loaded)
             self._cleanup.callback(hook.remove)
+        notice_removed_blocks(self.module)
+        if self.plan.training is not None:
+            replicas = self.plan.training.batches.replication_factor
+            enforce(batch_norm_rule(self.module, replicas, self._options_for(True)))
+        self._cleanup.enter_context(intervals_in_calls(self.trainer, self.config.device_iterations))
         callbacks = callbacks_of(self.trainer)
         callbacks.insert(0, self._updates)
         self._cleanup.callback(callbacks.remove, self._updates)
@@ -183,7 +183,7 @@ class Run:
         """Return a loader whose batches are those of one call of the IPUs."""
         result = ipu_loader(
             loader,
-            self._options_for(training),
+            self._options_for(training, returns_output=not training),
             self.config.training if training else self.config.inference,
             self.config.gradient_accumulation_steps,
             self.options.loader_mode,
@@ -193,21 +193,14 @@ class Run:
             self._batch_sizes[training] = max(size, self._batch_sizes.get(training, 0))
         return result
 
-    def _options_for(self, training: bool) -> Any:
-        if training not in self._poptorch_options:
+    def _options_for(self, training: bool, returns_output: bool = False) -> Any:
+        key = (training, returns_output)
+        if key not in self._poptorch_options:
             folder = self._cleanup.enter_context(TemporaryDirectory(prefix="ipu-initializers-"))
-            seed = os.environ.get("PL_GLOBAL_SEED")
-            context = OptionsContext(
-                seed=int(seed) if seed else None,
-                initializers_file=str(Path(folder) / "initializers.onnx"),
-                offline=self.options.compile_only,
-                auto_round_num_ipus=self.options.auto_round_num_ipus,
-            )
-            options = ipu_options(self.config, training, context)
-            if self.options.edit_options is not None:
-                self.options.edit_options(options, training)
-            self._poptorch_options[training] = options
-        return self._poptorch_options[training]
+            file = str(Path(folder) / "initializers.onnx")
+            options = program_options(self.config, training, self.options, file, returns_output)
+            self._poptorch_options[key] = options
+        return self._poptorch_options[key]
 
     def rng_state(self) -> Optional[List[int]]:
         """Return the random state of the IPUs, or None."""
@@ -241,3 +234,14 @@ class Run:
                 raise
             rank_zero_warn(f"Releasing the IPUs failed: {error}")
             return None
+
+
+def facts_of_ipus(config: IPUConfig, run: Optional[Run]) -> StrategyFacts:
+    """Return the facts that models and data depend on, in a run or before it."""
+    return StrategyFacts(
+        micro_batches_per_batch=config.gradient_accumulation_steps,
+        updates_per_batch=config.device_iterations,
+        static_shapes=True,
+        compile_seconds=0.0 if run is None else run.compile_seconds,
+        holds_interrupts=True,
+    )

@@ -21,18 +21,20 @@ from lightning_ipu_bert.pipeline.facts import StrategyFacts
 from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 from lightning_ipu_bert.pipeline.ipu.fields import PLAN_FIELDS
 from lightning_ipu_bert.pipeline.ipu.file import read_values
-from lightning_ipu_bert.pipeline.ipu.program import rank_only_rules
+from lightning_ipu_bert.pipeline.ipu.program import ipu_limit_rule, rank_only_rules
 from lightning_ipu_bert.pipeline.rules import enforce
 from lightning_ipu_bert.strategies.arguments import plan_fields, suggest_names
 from lightning_ipu_bert.strategies.ipu import checkpoints
 from lightning_ipu_bert.strategies.ipu.accelerator import IPUAccelerator, expand
+from lightning_ipu_bert.strategies.ipu.checks import loss_scaling_rule, node_rule
 from lightning_ipu_bert.strategies.ipu.console import overridden_fields
 from lightning_ipu_bert.strategies.ipu.environment import PoprunEnvironment
 from lightning_ipu_bert.strategies.ipu.loaders import LoaderMode
 from lightning_ipu_bert.strategies.ipu.optimizer_checks import one_optimizer
 from lightning_ipu_bert.strategies.ipu.precision import for_ipu
 from lightning_ipu_bert.strategies.ipu.program.losses import refuse_other_losses
-from lightning_ipu_bert.strategies.ipu.run import Run, RunOptions
+from lightning_ipu_bert.strategies.ipu.run import Run, facts_of_ipus
+from lightning_ipu_bert.strategies.ipu.run_options import RunOptions, program_options
 
 
 @final
@@ -95,7 +97,8 @@ class IPUStrategy(ParallelStrategy):
             UserError: If a value is invalid.
         """
         super().__init__(accelerator, None, PoprunEnvironment(), checkpoint_io, precision_plugin)
-        enforce(rank_only_rules(stages_per_rank, schedule))
+        enforce([*rank_only_rules(stages_per_rank, schedule), *loss_scaling_rule(loss_scaling)])
+        self.num_nodes = 1
         given = plan_fields(locals(), PLAN_FIELDS)
         values = read_values(ipu_config)
         self.ipu_config = IPUConfig.from_dict(values, pod_type, given)
@@ -112,16 +115,18 @@ class IPUStrategy(ParallelStrategy):
         assert self._run is not None
         return self._run
 
+    def poptorch_options(self, training: bool) -> Any:
+        """Return a copy of the `poptorch.Options` of a program, for a `poptorch.DataLoader`.
+
+        Args:
+            training: Whether to return those of the training program, or of inference.
+        """
+        return program_options(self.ipu_config, training, self._options)
+
     @property
     def facts(self) -> StrategyFacts:
         """The facts that models and data depend on."""
-        return StrategyFacts(
-            micro_batches_per_batch=self.ipu_config.gradient_accumulation_steps,
-            updates_per_batch=self.ipu_config.device_iterations,
-            static_shapes=True,
-            compile_seconds=0.0 if self._run is None else self._run.compile_seconds,
-            holds_interrupts=True,
-        )
+        return facts_of_ipus(self.ipu_config, self._run)
 
     @property
     @override
@@ -143,6 +148,8 @@ class IPUStrategy(ParallelStrategy):
         """Set IPUs as devices, after the Trainer has set everything else."""
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
         self.accelerator = IPUAccelerator()  # "auto" of Lightning selects another one
+        enforce(ipu_limit_rule(self.ipu_config.training))
+        enforce(node_rule(self.num_nodes))
         needed = self.ipu_config.training.shape.num_devices
         self.parallel_devices = expand(self.parallel_devices, needed)
         self.precision_plugin = for_ipu(self.precision_plugin)
@@ -226,11 +233,8 @@ class IPUStrategy(ParallelStrategy):
             checkpoints.save_config_beside(self.ipu_config, filepath)
 
     @override
-    def load_checkpoint(
-        self, checkpoint_path: Any, weights_only: Optional[bool] = None
-    ) -> Dict[str, Any]:
-        given = {} if weights_only is None else {"weights_only": weights_only}  # new in 2.6
-        checkpoint: Dict[str, object] = super().load_checkpoint(checkpoint_path, **given)
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+        checkpoint: Dict[str, object] = super().load_checkpoint(*args, **kwargs)
         self.run.read_ipu_entry(checkpoint)
         return checkpoint
 

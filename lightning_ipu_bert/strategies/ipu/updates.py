@@ -6,7 +6,8 @@ schedules advance by D. All updates of a call use the learning rate of the first
 
 from __future__ import annotations
 
-from typing import Any, List, Sequence
+from contextlib import contextmanager
+from typing import Any, Iterator, List, Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -14,6 +15,7 @@ from typing_extensions import override
 
 from lightning_ipu_bert._compat.lightning import log_at_last_update
 from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.strategies.ipu.checks import is_dev_run
 
 
 class UpdatesOfACall(Callback):
@@ -65,6 +67,34 @@ class UpdatesOfACall(Callback):
             progress.completed += more
         for scheduler in self.schedulers * more:
             scheduler.step()
+
+
+@contextmanager
+def intervals_in_calls(trainer: Trainer, updates_per_call: int) -> Iterator[None]:
+    """Let Lightning's defaults mean calls within the context.
+
+    `log_every_n_steps` is rounded up to whole calls, and `fast_dev_run` counts calls.
+
+    Args:
+        trainer: The Trainer, whose settings are restored.
+        updates_per_call: `device_iterations`.
+    """
+    settings: Any = trainer
+    every, loop = settings.log_every_n_steps, trainer.fit_loop.epoch_loop
+    max_steps = loop.max_steps
+    settings.log_every_n_steps = -(-every // updates_per_call) * updates_per_call
+    if settings.log_every_n_steps != every and trainer.loggers:
+        rank_zero_info(
+            f"log_every_n_steps={every} is rounded up to {settings.log_every_n_steps}, a multiple "
+            f"of device_iterations={updates_per_call}."
+        )
+    if is_dev_run(trainer):
+        loop.max_steps *= updates_per_call
+    try:
+        yield
+    finally:
+        settings.log_every_n_steps = every
+        loop.max_steps = max_steps
 
 
 def schedules_of_every_update(schedules: Sequence[Any], updates_per_batch: int) -> List[object]:

@@ -89,6 +89,12 @@ class PoplarExecutor(Weights, Optimizing, Runs):
             if self._training:
                 self._set_kinds(*self._kinds)
         self._check_pipeline(graph)
+        if graph.updates_buffers and options.replication_factor > 1 and options.broadcast_buffers:
+            raise Error(
+                "PopTorch does not support broadcasting buffers. If your model is able to tolerate "
+                "buffers becoming out of sync between replicas, you can disable buffer "
+                "broadcasting using poptorch.Options.broadcastBuffers(False)."
+            )
         self._final_loss = graph.final_loss() if self._training else None
         self._graph = graph
         if self._training:

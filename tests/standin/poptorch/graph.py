@@ -40,6 +40,11 @@ LOSSES = (
 )
 """Where backward may begin. PopTorch takes these loss functions for identity losses, too."""
 
+BATCH_NORMS = (
+    torch.ops.aten.native_batch_norm.default,
+    torch.ops.aten.cudnn_batch_norm.default,
+)
+
 
 class _Trace:
     """The trace that is going on."""
@@ -203,6 +208,13 @@ class Graph:
     @property
     def num_ipus(self):
         return max(len(set(self.ipus_of_ops)), max(self.ipus_of_ops, default=0) + 1)
+
+    @property
+    def updates_buffers(self):
+        """Whether the forward changes buffers: their replicas would have to be broadcast."""
+        return any(
+            op.function in BATCH_NORMS and op.arguments[0][5] is True for op in self.operations
+        )
 
     @property
     def recomputation_checkpoints(self):

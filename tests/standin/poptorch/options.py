@@ -179,6 +179,7 @@ class Options(_Freezable):
             output_mode=OutputMode.Default,
             connection_type=ConnectionType.Always,
             available_memory_proportion={},
+            broadcast_buffers=True,
         )
 
     @property
@@ -225,6 +226,9 @@ class Options(_Freezable):
     def outputMode(self, output_mode, output_return_period=None):
         assert isinstance(output_mode, OutputMode)
         return self.set(output_mode=output_mode)
+
+    def broadcastBuffers(self, broadcast_buffers=True):
+        return self.set(broadcast_buffers=broadcast_buffers)
 
     def defaultOutputMode(self):
         return self.output_mode == OutputMode.Default

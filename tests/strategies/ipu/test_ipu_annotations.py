@@ -28,7 +28,7 @@ class Graphs(pl.Callback):
     def on_train_end(self, trainer, pl_module):
         programs = trainer.strategy.run.executor.programs
         self.training = programs.training.poplar._graph
-        self.inference = programs.inference.poplar._graph
+        self.inference = next(iter(programs.inference.values())).poplar._graph
         self.names = [name for name, _ in programs.training.poplar._model.named_parameters()]
 
 

@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.loggers import CSVLogger
 from models import make_model
 from torch import nn
 
@@ -158,7 +157,7 @@ REFUSALS = {
         WithRMSprop,
         {},
         {},
-        "RMSprop is not supported on IPUs. Use AdamW, Adam, SGD, or L",
+        "torch.optim.rmsprop.RMSprop is not supported on IPUs. Use torch.optim.AdamW, ",
     ),
     "clipping of SGD": (WithSGD, {"gradient_clip_val": 1.0}, {}, "with SGD"),
     "clipping of Adam": (WithDecayingAdam, {"gradient_clip_val": 1.0}, {}, "with Adam"),
@@ -183,12 +182,6 @@ REFUSALS = {
         {"callbacks": [ModelCheckpoint(every_n_train_steps=3)], "enable_checkpointing": True},
         TWICE,
         "every_n_train_steps=3",
-    ),
-    "log_every_n_steps": (
-        None,
-        {"logger": CSVLogger("unused"), "log_every_n_steps": 5},
-        TWICE,
-        "log_every_n_steps=5",
     ),
     "val_check_interval": (None, {"val_check_interval": 2}, TWICE, "val_check_interval=2 counts"),
     "frequency of a schedule": (OddSchedule, {}, TWICE, "frequency=3 updates"),

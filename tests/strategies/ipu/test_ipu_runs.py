@@ -198,7 +198,7 @@ def test_compile_only_compiles_for_what_the_steps_run(tmp_path):
     class Look(pl.Callback):
         def on_exception(self, trainer, pl_module, exception):
             programs = trainer.strategy.run.executor.programs
-            shapes.extend(p.shapes for p in (programs.training, programs.inference))
+            shapes.extend(p.shapes for p in (programs.training, *programs.inference.values()))
 
     shapes, data = [], Sentences(GLOBAL_BATCH)
     strategy = ipu_strategy(compile_only=True)

@@ -9,9 +9,11 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Iterator, List, Optional, Sequence
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from lightning_ipu_bert._compat.torch import count_pre_hooks
 from lightning_ipu_bert.batch_trees import map_tree
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.ipu.program import ProgramConfig, serialization_rule
@@ -45,6 +47,18 @@ def annotated(module: nn.Module, plan: Plan, program: ProgramConfig) -> Iterator
             table = _largest_table(module, stages[0])
             undo.enter_context(serialized(table, program.embedding_serialization_factor))
         yield
+
+
+def notice_removed_blocks(module: nn.Module) -> None:
+    """Remove blocks that the author of a module has set, with a notice: the plan sets others."""
+    before = count_pre_hooks(module)
+    import_poptorch().removeBlocks(module)
+    removed = before - count_pre_hooks(module)
+    if removed:
+        rank_zero_info(
+            f"Removed {removed} BeginBlock annotations of {type(module).__name__}: blocks are "
+            "placed by layers_per_stage."
+        )
 
 
 def _keep_output(module: nn.Module, inputs: object, output: object) -> object:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_ipu_bert.batch_trees import map_tree
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.ipu.program import ProgramConfig
+from lightning_ipu_bert.strategies.ipu.program.changes import Constants, modes_of
 from lightning_ipu_bert.strategies.ipu.program.network import BatchLayout
 
 
@@ -17,7 +18,12 @@ class CompiledProgram:
     """A program of PopTorch, with the structure and size of its batches."""
 
     def __init__(
-        self, config: ProgramConfig, poplar: Any, batch_size: int, layout: BatchLayout
+        self,
+        config: ProgramConfig,
+        poplar: Any,
+        batch_size: int,
+        layout: BatchLayout,
+        module: Any,
     ) -> None:
         """Create a program that is not compiled yet.
 
@@ -26,12 +32,19 @@ class CompiledProgram:
             poplar: The executor of PopTorch.
             batch_size: Examples per call.
             layout: Layout of its batches.
+            module: The LightningModule.
         """
+        self.constants = Constants(module)
+        self.modes = modes_of(module)
         self.config = config
         self.poplar = poplar
         self.batch_size = batch_size
         self.layout = layout
         self.shapes: List[Tuple[torch.Size, torch.dtype]] = []
+        self.scalars: List[bool] = []
+        """Whether each tensor of the output is a scalar."""
+        self.returns_output = not config.training
+        """Whether a call returns the output of the last block."""
 
     def attach(self) -> bool:
         """Attach to IPUs, which copies the weights; return whether it was detached before."""
@@ -46,11 +59,13 @@ class CompiledProgram:
             self.poplar.detachFromDevice()
 
     def check(self, batch: Any, tensors: Sequence[Tensor]) -> None:
-        """Check the structure and shapes of a batch.
+        """Check the structure and shapes of a batch, and the constants of the program.
 
         Raises:
-            UserError: If they differ from those that the program was compiled for.
+            UserError: If they differ from those that the program was compiled for, or something
+                else has changed that it cannot see.
         """
+        self.constants.check()
         if BatchLayout.of(batch) != self.layout:
             raise UserError(
                 "A batch has other entries than the first one, for which the program was compiled. "
@@ -63,6 +78,24 @@ class CompiledProgram:
                     f"was compiled for {list(expected[0])} ({expected[1]}). Pad all examples to "
                     "the same length."
                 )
+
+
+def joined_scalars(output: object, scalars: Sequence[bool], micro_batches: int) -> object:
+    """Return the output of a call in which scalars are means over its micro-batches.
+
+    Args:
+        output: The output; IPUs return a scalar once per micro-batch.
+        scalars: Whether each of its tensors is a scalar.
+        micro_batches: The micro-batches that are not only padding.
+    """
+    are_scalars = iter(scalars)
+
+    def leaf(value: object) -> object:
+        if isinstance(value, Tensor) and next(are_scalars):
+            return value.reshape(-1)[:micro_batches].float().mean()
+        return value
+
+    return map_tree(output, leaf)
 
 
 def padded(tensors: Sequence[Tensor], first: int, size: int) -> List[Tensor]:

@@ -11,16 +11,17 @@ from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 
 
-def mean_loss(result: Tensor, config: IPUConfig) -> Tensor:
+def mean_loss(result: Tensor, output_mode: str, config: IPUConfig) -> Tensor:
     """Return the mean of the losses that a training call returns.
 
     Args:
-        result: Losses by `config.output_mode`: sums over the micro-batches of a replica, [R]; one
+        result: Losses by `output_mode`: sums over the micro-batches of a replica, [R]; one
             per micro-batch, [D x A x R]; or the last one of each replica, [R].
+        output_mode: What the program returns of every micro-batch.
         config: The configuration.
     """
     total = result.detach().float()
-    if config.output_mode == "sum":
+    if output_mode == "sum":
         return total.mean() / (config.device_iterations * config.gradient_accumulation_steps)
     return total.mean()
 

@@ -17,6 +17,7 @@ from lightning_ipu_bert._compat.lightning import on_device
 from lightning_ipu_bert.batch_trees import map_tree, tensors_of
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.examples import count_examples
+from lightning_ipu_bert.global_loss import checked_loss
 from lightning_ipu_bert.pipeline.protocol import PipelineModule
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
@@ -89,6 +90,9 @@ class TracedNetwork(nn.Module):
         super().__init__()
         self._host = (module,)  # in a tuple, so that it is not a submodule
         self._layout = layout
+        self.scalars: List[bool] = []
+        """Whether each tensor of the output is a scalar, which IPUs return once per micro-batch;
+        filled when the network is traced, also in the copy that PopTorch traces."""
         for name in module.pipeline_blocks():
             _add_under(self, name, module.get_submodule(name))  # type: ignore[attr-defined]
         self._outside = list(_buffers_outside_blocks(module))
@@ -101,9 +105,18 @@ class TracedNetwork(nn.Module):
         """Run all blocks; return the output of the last one and the batch."""
         module: Any = self._host[0]
         batch = self._layout.rebuild(tensors)
-        # Tensors that stage_forward creates on self.device must be on the device of the batch.
-        with on_device(module, tensors[0].device), every_block_called(module):
-            return module.stage_forward(module.pipeline_blocks(), None, batch), batch
+        with every_block_called(module):
+            output = module.stage_forward(module.pipeline_blocks(), None, batch)
+        self.scalars[:] = [not tensor.dim() for tensor in tensors_of(output)]
+        return output, batch
+
+    @contextmanager
+    def _traced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Prepare the LightningModule for a trace within the context."""
+        module: Any = self._host[0]
+        # Tensors that it creates on self.device must be on the device of the batch.
+        with on_device(module, tensors[0].device), refused_log(module), self._buffers_lent():
+            yield
 
     @contextmanager
     def _buffers_lent(self) -> Iterator[None]:
@@ -121,29 +134,34 @@ class TracedNetwork(nn.Module):
 class TrainingNetwork(TracedNetwork):
     """Tensors of a micro-batch in, and the factor of its loss if it has one; its loss out."""
 
-    def __init__(self, module: PipelineModule, layout: BatchLayout, weighted: bool) -> None:
+    def __init__(
+        self, module: PipelineModule, layout: BatchLayout, weighted: bool, returns_output: bool
+    ) -> None:
         """Create the module.
 
         Args:
             module: The LightningModule.
             layout: Layout of the batches.
             weighted: Whether the last input is the factor of the loss, of shape [1].
+            returns_output: Whether to return the output of the last block, too.
         """
         super().__init__(module, layout)
         self._weighted = weighted
+        self._returns_output = returns_output
 
     @override
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """Return the loss, from which PopTorch goes backward."""
+    def forward(self, *tensors: Tensor) -> object:
+        """Return the loss, from which PopTorch goes backward, and the output if requested."""
         module, poptorch = self._host[0], import_poptorch()
         inputs = tensors[:-1] if self._weighted else tensors
-        with self._buffers_lent():
+        with self._traced(inputs):
             output, batch = self._run(inputs)
-            loss: Tensor = module.pipeline_loss(output, batch)
+            loss = checked_loss(module, output, batch)
             if self._weighted:
                 loss = loss * tensors[-1].reshape(()).to(loss.dtype)
             loss = poptorch.identity_loss(loss, "none")
-        return loss.float()  # a sum of many losses would be coarse in float16
+        loss = loss.float()  # a sum of many losses would be coarse in float16
+        return (loss, output) if self._returns_output else loss
 
 
 class InferenceNetwork(TracedNetwork):
@@ -152,8 +170,30 @@ class InferenceNetwork(TracedNetwork):
     @override
     def forward(self, *tensors: Tensor) -> object:
         """Return the output of the last block."""
-        with self._buffers_lent():
+        with self._traced(tensors):
             return self._run(tensors)[0]
+
+
+@contextmanager
+def refused_log(module: Any) -> Iterator[None]:
+    """Refuse `self.log` within the context, in which values have no content.
+
+    Raises:
+        UserError: If the module logs a value.
+    """
+
+    def refuse(name: str, *_: object, **__: object) -> None:
+        raise UserError(
+            f"self.log({name!r}) in pipeline_loss or stage_forward would log a constant on IPUs, "
+            "where they run only once, to be compiled. Log it in training_step, with "
+            "loss, output = self.run_loss(batch, return_output=True)."
+        )
+
+    module.log = refuse
+    try:
+        yield
+    finally:
+        del module.log  # restores the method of the class
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from lightning_ipu_bert.strategies.ipu.program.changes import check_groups
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 from lightning_ipu_bert.strategies.update_hooks import around_update
 
@@ -126,6 +127,15 @@ class IPUOptimizer:
         for group, new in zip(self.poptorch.param_groups, values):
             group.update(new)
         poplar.setOptimizer(self.poptorch)
+
+    def check_groups(self) -> None:
+        """Check that no parameter group was added.
+
+        Raises:
+            UserError: If one was: its parameters are not in the program.
+        """
+        now = [list(group["params"]) for group in self.host.param_groups]
+        check_groups([len(group) for group in self._groups], [len(group) for group in now])
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the state in the format of the optimizer on the host, on the CPU."""

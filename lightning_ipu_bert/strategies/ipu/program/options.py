@@ -28,6 +28,8 @@ class OptionsContext(NamedTuple):
     """Compile without IPUs."""
     auto_round_num_ipus: bool = False
     """Round the number of reserved IPUs up to a power of two."""
+    returns_output: bool = False
+    """Return the output of every micro-batch, also in training."""
 
 
 def ipu_options(
@@ -59,7 +61,8 @@ def ipu_options(
         options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
         if config.auto_loss_scaling:
             options.Training.setAutomaticLossScaling(True)
-    mode = config.output_mode.capitalize() if training else "All"
+    sums = training and not context.returns_output
+    mode = config.output_mode.capitalize() if sums else "All"
     options.outputMode(poptorch.OutputMode[mode])
     seed = context.seed if config.seed is None else config.seed
     if seed is not None:
