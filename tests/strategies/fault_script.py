@@ -3,7 +3,8 @@
 HARM is none, kill, memory, term (SIGTERM), int (SIGINT of this rank), terminal (SIGINT of all, as
 Ctrl-C sends it), twice (the same, and once more), save (a kill in the middle of a save), in the
 step HARM_STEP; end (SIGTERM in a validation after the training); early (as terminal, before the
-first step). EPOCHS in the environment are trained, of two updates each.
+first step). EPOCHS in the environment are trained, of two updates each, with the LAYOUT 2x1 (stages
+x replicas) or another one. PHASES prints where the run is; TIMEOUT is that of communication.
 """
 
 import os
@@ -23,6 +24,13 @@ from lightning_ipu_bert.data.loaders import ResumableDataLoader, TrainingSampler
 from lightning_ipu_bert.training.checkpoint_io import AtomicCheckpointIO
 
 HARM_STEP = int(os.environ.get("HARM_STEP", 4))
+STAGES, REPLICAS = (int(number) for number in os.environ.get("LAYOUT", "2x1").split("x"))
+PHASES = bool(os.environ.get("PHASES"))
+
+
+def phase(name):
+    if PHASES:
+        print(f"phase {name}", flush=True)
 
 
 def harm(kind):
@@ -53,6 +61,9 @@ class Fragile(LanguageModel):
             harm("term")
         return super().stage_forward(blocks, hidden, batch)
 
+    def setup(self, stage):
+        phase("collective")
+
     def configure_optimizers(self):
         if sys.argv[2] == "early" and here(self.trainer):
             harm("early")
@@ -61,6 +72,7 @@ class Fragile(LanguageModel):
     def on_validation_batch_start(self, batch, batch_idx):
         if self.trainer.is_global_zero:
             print(f"validation {batch_idx}", flush=True)
+            phase("validation")
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if self.trainer.is_global_zero:
@@ -73,6 +85,7 @@ class FragileIO(AtomicCheckpointIO):
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         if sys.argv[2] == "save" and checkpoint["global_step"] == HARM_STEP:
             torch.save = lambda _, file: (Path(file).write_bytes(b"half"), harm("kill"))
+        phase("save")
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
@@ -85,7 +98,11 @@ def main(folder, ckpt_path=None):
     torch.set_num_threads(1)
     pl.seed_everything(8, verbose=False)
     strategy = PipelineParallelStrategy(
-        layers_per_stage=[3, 3], gradient_accumulation_steps=4, checkpoint_io=FragileIO()
+        layers_per_stage=[6 // STAGES] * STAGES,
+        replication_factor=REPLICAS,
+        gradient_accumulation_steps=4,
+        checkpoint_io=FragileIO(),
+        timeout_seconds=float(os.environ.get("TIMEOUT", 1800)),
     )
     checkpoints = pl.callbacks.ModelCheckpoint(
         folder,
@@ -96,7 +113,7 @@ def main(folder, ckpt_path=None):
     )
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=2,
+        devices=STAGES * REPLICAS,
         strategy=strategy,
         max_epochs=int(os.environ.get("EPOCHS", 4)),
         logger=False,
@@ -104,10 +121,13 @@ def main(folder, ckpt_path=None):
         enable_model_summary=False,
         callbacks=[checkpoints],
     )
-    examples = Sentences(16)
-    loader = ResumableDataLoader(examples, 8, sampler=TrainingSampler([12] * len(examples), 8))
+    examples = Sentences(16 * REPLICAS)
+    share = trainer.distributed_sampler_kwargs
+    sampler = TrainingSampler([12] * len(examples), 8, **share)
+    loader = ResumableDataLoader(examples, 8, sampler=sampler)
     module = Fragile()
-    trainer.fit(module, loader, ckpt_path=ckpt_path)
+    validation = DataLoader(examples, 4) if PHASES else None
+    trainer.fit(module, loader, validation, ckpt_path=ckpt_path)
     if sys.argv[2] == "end":
         trainer.validate(module, DataLoader(examples, 4), verbose=False)
         print("not reached", flush=True)

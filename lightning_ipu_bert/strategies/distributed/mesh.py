@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Optional, TypeVar, Union
 
 import torch
@@ -46,30 +47,32 @@ class Mesh:
         return int(dist.get_global_rank(self.pipeline_group, pipeline_rank))
 
 
-def create_mesh(device_type: str, replicas: int, ranks_per_replica: int) -> Mesh:
+def create_mesh(replicas: int, ranks_per_replica: int, timeout: timedelta) -> Mesh:
     """Create the mesh; all ranks of the job must call it.
 
     Args:
-        device_type: E.g. cpu or cuda.
         replicas: Size of the dimension `replica`.
         ranks_per_replica: Size of the dimension `pipeline`.
+        timeout: Timeout of communication; groups do not inherit that of the job.
     """
-    from torch.distributed.device_mesh import init_device_mesh  # torch 2.0 has none
-
-    mesh = init_device_mesh(
-        device_type, (replicas, ranks_per_replica), mesh_dim_names=("replica", "pipeline")
-    )
-    data_groups = [
-        dist.new_group(list(range(first, first + ranks_per_replica)), backend="gloo")
-        for first in range(0, replicas * ranks_per_replica, ranks_per_replica)
+    number = replicas * ranks_per_replica
+    of_stages = [
+        dist.new_group(list(range(first, number, ranks_per_replica)), timeout)
+        for first in range(ranks_per_replica)
     ]
-    replica = mesh.get_local_rank("replica")
+    members = [
+        list(range(first, first + ranks_per_replica))
+        for first in range(0, number, ranks_per_replica)
+    ]
+    of_replicas = [dist.new_group(ranks, timeout) for ranks in members]
+    for_data = [dist.new_group(ranks, timeout, backend="gloo") for ranks in members]
+    replica, pipeline_rank = divmod(dist.get_rank(), ranks_per_replica)
     return Mesh(
         replica,
-        mesh.get_local_rank("pipeline"),
-        mesh.get_group("replica"),
-        mesh.get_group("pipeline"),
-        data_groups[replica],
+        pipeline_rank,
+        of_stages[pipeline_rank],
+        of_replicas[replica],
+        for_data[replica],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from datetime import timedelta
 from typing import Deque, Dict, Optional, Tuple
 
 import torch.distributed as dist
@@ -23,12 +24,14 @@ class StepReplicas(Callback):
     values that are logged must be known on all ranks.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, timeout: timedelta) -> None:
         """Create the groups of a rank, which so far are those of all replicas.
 
         Args:
             mesh: Mesh coordinates and groups of this rank.
+            timeout: Timeout of communication.
         """
+        self._timeout = timeout
         self._mesh = mesh
         self.everyone: Replicas = tuple(range(dist.get_world_size(mesh.replica_group)))
         self._groups: Dict[Replicas, dist.ProcessGroup] = {self.everyone: mesh.replica_group}
@@ -53,7 +56,9 @@ class StepReplicas(Callback):
         if replicas not in self._groups:
             ranks_per_replica = dist.get_world_size(self._mesh.pipeline_group)
             ranks = [replica * ranks_per_replica + self._mesh.pipeline_rank for replica in replicas]
-            self._groups[replicas] = dist.new_group(ranks, use_local_synchronization=True)
+            self._groups[replicas] = dist.new_group(
+                ranks, self._timeout, use_local_synchronization=True
+            )
         return self._groups[replicas]
 
     def evaluate_alone(self) -> None:

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from jobs import begin_run, kill_once, lines_naming, losses_in, train_unharmed
+from jobs import Kill, begin_run, kill_once, lines_naming, losses_in, train_unharmed
 from model_helpers import needs_pipelining
 
 from lightning_ipu_bert.strategies.distributed.launch import watch
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, needs_pipelining]
 def start(folder, harm, rank, *ckpt_path):
     """Run the script; return exit code, seconds, what it printed, and the ranks that are left."""
     begin = time.monotonic()
-    code, output, left = begin_run(folder, harm, str(rank), *map(str, ckpt_path)).end()
+    code, output, left = begin_run(folder, [harm, str(rank), *map(str, ckpt_path)]).end()
     return code, time.monotonic() - begin, output, left
 
 
@@ -65,7 +65,8 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint_whole(unharmed, tmp_path
 def test_a_kill_at_a_random_moment():
     """scripts/kill_ranks.py does this as often as one likes."""
     seed = random.randrange(1000)
-    print(f"seed {seed}: {kill_once(random.Random(seed), *train_unharmed(epochs=20))}")
+    plan = Kill("SIGKILL", "2x1", "step")
+    print(f"seed {seed}: {kill_once(random.Random(seed), plan, train_unharmed('2x1'))}")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -109,5 +110,5 @@ def _launch_a_rank_that_is_interrupted():
     sys.stderr = sys.__stderr__
     watch.running.set()
     rank = subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({watch.INTERRUPTED})"])
-    watch.watch_children([rank])
+    watch.watch_children([rank], timeout_seconds=60)
     time.sleep(20)

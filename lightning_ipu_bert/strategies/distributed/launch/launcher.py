@@ -38,6 +38,7 @@ class ScriptLauncher(SubprocessScriptLauncher):
         num_nodes: int,
         prepare: Prepare,
         fail: Callable[[BaseException], None],
+        timeout_seconds: float,
     ) -> None:
         """Create a launcher.
 
@@ -47,10 +48,12 @@ class ScriptLauncher(SubprocessScriptLauncher):
             num_nodes: Number of machines.
             prepare: Called before any process is started.
             fail: Called with an exception of this rank that other ranks did not raise.
+            timeout_seconds: Timeout of communication between ranks.
         """
         super().__init__(environment, num_processes, num_nodes)
         self._prepare = prepare
         self._fail = fail
+        self._timeout_seconds = timeout_seconds
         self._launches = 0
         self._was_launched = False
         self._stderr: TextIO = sys.stderr
@@ -68,15 +71,20 @@ class ScriptLauncher(SubprocessScriptLauncher):
         self._launches += 1
         environment = self.cluster_environment
         environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if not environment.creates_processes_externally:
-            os.environ[watch.LAUNCHER_VARIABLE] = str(os.getpid())
-            start_scripts(self)
-            watch.watch_children(self.procs)
-        elif self._launches == 1:
-            self._was_launched = watch.watch_launcher()
         set_num_threads(self.num_processes)
         with self._watched():
+            if not environment.creates_processes_externally:
+                self._start()
+            elif self._launches == 1:
+                self._was_launched = watch.watch_launcher(self._timeout_seconds)
             return function(*args, **kwargs)
+
+    def _start(self) -> None:
+        """Start the other ranks on this machine, and monitor them."""
+        os.environ[watch.LAUNCHER_VARIABLE] = str(os.getpid())
+        with watch.interrupts_ignored():  # by the ranks, until they can end in order
+            start_scripts(self)
+        watch.watch_children(self.procs, self._timeout_seconds)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -93,6 +101,7 @@ class ScriptLauncher(SubprocessScriptLauncher):
                 raise
             self._fail(exception)
             watch.kill(self.procs)
+            watch.kill_stopped_launcher()
             if self._was_launched and not isinstance(exception, KeyboardInterrupt):
                 failure.leave(exception)
             raise

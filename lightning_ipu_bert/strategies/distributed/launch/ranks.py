@@ -21,6 +21,7 @@ from lightning_ipu_bert.pipeline.rules import enforce
 from lightning_ipu_bert.strategies.distributed.checks import resolve_plan, resolve_run
 from lightning_ipu_bert.strategies.distributed.launch.launcher import ScriptLauncher
 from lightning_ipu_bert.strategies.distributed.launch.notebook import NotebookLauncher
+from lightning_ipu_bert.strategies.distributed.launch.waiting import waiting_announced
 from lightning_ipu_bert.strategies.distributed.mesh import Group, Mesh, broadcast, create_mesh
 from lightning_ipu_bert.strategies.distributed.step_replicas import StepReplicas
 from lightning_ipu_bert.training.random_states import GeneratorStates
@@ -110,8 +111,16 @@ class Ranks:
         environment = strategy.cluster_environment
         if self._launcher is None and environment is not None:
             count = len(strategy.parallel_devices or [])
+            seconds = self._timeout.total_seconds()
             self._launcher = (
-                ScriptLauncher(environment, count, num_nodes, self._prepare, fail)
+                ScriptLauncher(
+                    environment,
+                    count,
+                    num_nodes,
+                    self._prepare,
+                    fail,
+                    seconds,
+                )
                 if self._start_method == "popen"
                 else NotebookLauncher(strategy, self._start_method, self._prepare)
             )
@@ -136,14 +145,15 @@ class Ranks:
         assert environment is not None
         self.environment = environment
         backend = self._backend or default_backend(device)
-        init_process_group(environment, backend, self._timeout)
+        with waiting_announced(environment, self._timeout):
+            init_process_group(environment, backend, self._timeout)
         broadcast(GeneratorStates.current()).restore()  # one random state until training starts
         if self.mesh is None:
             shape = self.config.shape
             self.mesh = create_mesh(
-                device.type, shape.batches.replication_factor, shape.ranks_per_replica
+                shape.batches.replication_factor, shape.ranks_per_replica, self._timeout
             )
-            self._step_replicas = StepReplicas(self.mesh)
+            self._step_replicas = StepReplicas(self.mesh, self._timeout)
 
     def take_plan(self, trainer: Trainer) -> Plan:
         """Return the plan of the next run, and reset it."""
