@@ -206,7 +206,9 @@ def _resumed(
     first = min(resumed, default=max(unharmed) + 1)
     expected = {step: unharmed[step] for step in range(first, max(unharmed) + 1)}
     assert resumed == expected, f"{kill}: other losses\n{output}"
-    assert first >= done - (2 if kill.signal == "SIGKILL" else -1), f"{kill}: from step {first}, after step {done}"
+    assert first >= done - (2 if kill.signal == "SIGKILL" else -1), (
+        f"{kill}: from step {first}, after step {done}"
+    )
     return f", resumed from step {first}"
 
 

@@ -13,21 +13,18 @@ import time
 from typing import Any, Callable, Dict, List, Sequence, Set
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_ipu_bert._compat.lightning import (
-    callbacks_of,
-    restore_signal_handlers,
-    saves_on_exception,
-)
+from lightning_ipu_bert._compat.lightning import callbacks_of, restore_signal_handlers
 from lightning_ipu_bert.training.termination import (
     InterruptedBetweenSteps,
     SaveOnTermination,
     can_be_saved_after,
+    cause_of,
+    saved_on_exception,
 )
 
 SAME_SECONDS = 0.25
@@ -199,20 +196,19 @@ class SignalsBetweenSteps(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Print how to resume from the checkpoint that a ModelCheckpoint of the user has saved."""
+        """Print how to resume from the checkpoint that was saved, or that there is none."""
         self.release()
         if isinstance(exception, KeyboardInterrupt):
             restore_signal_handlers(trainer)
-        callbacks = callbacks_of(trainer)
-        checkpointing = trainer.checkpoint_callback
-        if (
-            can_be_saved_after(exception)
-            and isinstance(checkpointing, ModelCheckpoint)
-            and saves_on_exception(checkpointing)
-            and checkpointing.last_model_path
-            and not any(isinstance(callback, SaveOnTermination) for callback in callbacks)
-        ):
-            rank_zero_info(f"To resume: ckpt_path={checkpointing.last_model_path}")
+        if not can_be_saved_after(exception):
+            return
+        training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        savers = [c for c in callbacks_of(trainer) if isinstance(c, SaveOnTermination)]
+        if savers and training:
+            return  # prints its own line
+        path = saved_on_exception(trainer) if training else ""
+        how = f"To resume: ckpt_path={path}" if path else "Nothing was saved."
+        rank_zero_info(f"Ended by {cause_of(exception)}. {how}")
 
     def release(self) -> None:
         """Restore the original handlers."""

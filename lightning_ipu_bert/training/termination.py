@@ -11,6 +11,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from lightning_ipu_bert._compat.lightning import saves_on_exception
+
 
 class InterruptedBetweenSteps(KeyboardInterrupt):
     """Ctrl-C, handled between two steps, where the run can be saved."""
@@ -38,8 +40,20 @@ class SaveOnTermination(Callback):
                 / f"{checkpointing.CHECKPOINT_NAME_LAST}{checkpointing.FILE_EXTENSION}"
             )
             trainer.save_checkpoint(path)
-            cause = "SIGTERM" if isinstance(exception, SIGTERMException) else "Ctrl-C"
-            rank_zero_info(f"Ended by {cause}. To resume: --ckpt_path {path}")
+            rank_zero_info(f"Ended by {cause_of(exception)}. To resume: --ckpt_path {path}")
+
+
+def cause_of(exception: BaseException) -> str:
+    """Return what has ended a run, given its exception."""
+    return "SIGTERM" if isinstance(exception, SIGTERMException) else "Ctrl-C"
+
+
+def saved_on_exception(trainer: Trainer) -> str:
+    """Return the checkpoint that a ModelCheckpoint of the user has just saved, or nothing."""
+    checkpointing = trainer.checkpoint_callback
+    if isinstance(checkpointing, ModelCheckpoint) and saves_on_exception(checkpointing):
+        return str(checkpointing.last_model_path)
+    return ""
 
 
 def can_be_saved_after(exception: BaseException) -> bool:

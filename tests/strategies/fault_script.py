@@ -4,7 +4,8 @@ HARM is none, kill, memory, term (SIGTERM), int (SIGINT of this rank), terminal 
 Ctrl-C sends it), twice (the same, and once more), save (a kill in the middle of a save), in the
 step HARM_STEP; end (SIGTERM in a validation after the training); early (as terminal, before the
 first step). EPOCHS in the environment are trained, of two updates each, with the LAYOUT 2x1 (stages
-x replicas) or another one. PHASES prints where the run is; TIMEOUT is that of communication.
+x replicas) or another one. PHASES prints where the run is; TIMEOUT is that of communication; NODES
+are machines, of which this is the first.
 """
 
 import os
@@ -25,6 +26,7 @@ from lightning_ipu_bert.training.checkpoint_io import AtomicCheckpointIO
 
 HARM_STEP = int(os.environ.get("HARM_STEP", 4))
 STAGES, REPLICAS = (int(number) for number in os.environ.get("LAYOUT", "2x1").split("x"))
+NODES = int(os.environ.get("NODES", 1))
 PHASES = bool(os.environ.get("PHASES"))
 
 
@@ -113,7 +115,8 @@ def main(folder, ckpt_path=None):
     )
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=STAGES * REPLICAS,
+        devices=STAGES * REPLICAS // NODES,
+        num_nodes=NODES,
         strategy=strategy,
         max_epochs=int(os.environ.get("EPOCHS", 4)),
         logger=False,

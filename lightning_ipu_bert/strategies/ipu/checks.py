@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_ipu_bert._compat.lightning import callbacks_of, every_n_train_steps
-from lightning_ipu_bert.pipeline.blocks import ModuleOutline, block_rules, outline_of
+from lightning_ipu_bert.pipeline.blocks import block_rules, outline_of
 from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 from lightning_ipu_bert.pipeline.ipu.program import ProgramConfig, program_rules
 from lightning_ipu_bert.pipeline.plan import Plan, resolve
@@ -41,7 +41,6 @@ def resolve_run(trainer: Trainer, module: Any, config: IPUConfig, auto_round: bo
     enforce(module_rules(module))
     outline = outline_of(module)
     enforce(block_rules(outline))
-    enforce(outside_rules(outline))
     strategy = trainer.strategy
     assert isinstance(strategy, ParallelStrategy)
     enforce(device_rules(len(strategy.parallel_devices or []), config, auto_round))
@@ -60,18 +59,6 @@ def resolve_run(trainer: Trainer, module: Any, config: IPUConfig, auto_round: bo
     if training is not None:
         enforce(trainer_rules(trainer, module, config.device_iterations))
     return plan
-
-
-def outside_rules(outline: ModuleOutline) -> Iterator[Violation]:
-    """Blocks must hold every parameter: the compiled program consists of them."""
-    for names in outline.names_of_parameter.values():
-        if not outline.owners(names):
-            yield Violation(
-                f"The parameter {names[0]} of {outline.name}",
-                None,
-                f"is in no block of pipeline_blocks(): {list(outline.blocks)}",
-                "Move it into one of them.",
-            )
 
 
 def check_sdk(config: IPUConfig, plan: Plan, module: Any, compile_only: bool) -> None:

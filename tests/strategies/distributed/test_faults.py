@@ -1,13 +1,25 @@
 """A rank fails: the job exits within seconds, reports why, leaves no process, and can resume."""
 
 import multiprocessing
+import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from jobs import Kill, begin_run, kill_once, lines_naming, losses_in, train_unharmed
+from jobs import (
+    Kill,
+    begin_run,
+    is_rank,
+    kill_once,
+    lines_naming,
+    losses_in,
+    processes_of,
+    train_unharmed,
+)
 from model_helpers import needs_pipelining
 
 from lightning_ipu_bert.strategies.distributed.launch import watch
@@ -112,3 +124,35 @@ def _launch_a_rank_that_is_interrupted():
     rank = subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({watch.INTERRUPTED})"])
     watch.watch_children([rank], timeout_seconds=60)
     time.sleep(20)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named_within_the_timeout(rank, tmp_path):
+    run = begin_run(tmp_path, ["none", "0"], epochs=2000, variables={"TIMEOUT": "8"})
+    run.wait_for_training()
+    ranks = [pid for pid in processes_of(run.process.pid) if is_rank(pid, run)]
+    os.kill(ranks[rank], signal.SIGSTOP)
+    begin = time.monotonic()
+    line = f"Rank {rank} (process {ranks[rank]}) is stopped. The other ranks wait for it, at most 8"
+    while line not in run.output():
+        assert time.monotonic() < begin + 8, run.output()
+        time.sleep(0.1)
+    code, output, left = run.end()
+    assert code != 0
+    assert output.count("is stopped") == 1
+    assert not left
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"NODES": "2", "NODE_RANK": "0"}, "Rank 0 waits for the other ranks of 2 at MASTER_ADDR="),
+        ({"MASTER_ADDR": "no.such.host"}, "no.such.host MASTER_PORT=.*, whose address is unknown"),
+    ],
+)
+def test_a_job_says_what_it_waits_for(variables, line, tmp_path):
+    job = {"TIMEOUT": "8", **variables}
+    code, output, left = begin_run(tmp_path, ["none", "0"], variables=job).end()
+    assert code != 0
+    assert re.search(f"{line}.* at most 8 s. Start the script on all nodes", output), output
+    assert not left

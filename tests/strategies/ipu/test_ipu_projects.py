@@ -3,6 +3,7 @@
 import logging
 from contextlib import suppress
 
+import lightning.pytorch as pl
 import poptorch
 import pytest
 import torch
@@ -125,6 +126,40 @@ def test_an_optimizer_of_the_same_name_is_named_by_its_module(tmp_path):
     message = f"{AdamW.__module__}.AdamW is not supported on IPUs. Use torch.optim.AdamW, "
     with pytest.raises(UserError, match=message):
         ipu_trainer(tmp_path).fit(OwnAdamW(), loader(DATA))
+
+
+class Tempered(LanguageModel):
+    """Parameters of the loss, and a name outside of all blocks for a weight of a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.alias = self.embed
+        self.temperature = nn.Parameter(torch.tensor(0.8))
+        self.scale = nn.Linear(1, 1)
+        for name in ("embed", *(f"layers.{i}" for i in range(6)), "head"):
+            self._modules[name.split(".")[0]] = self._modules.pop(name.split(".")[0])
+
+    def pipeline_loss(self, output, batch):
+        ones = torch.ones(1, 1, device=self.device)
+        return super().pipeline_loss(output * self.temperature * self.scale(ones).sum(), batch)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def test_parameters_of_the_loss_and_aliases_train_and_resume(tmp_path):
+    torch.manual_seed(3)
+    expected = Tempered()
+    torch.manual_seed(3)
+    module = Tempered()
+    saved = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    plain_trainer(tmp_path, max_epochs=2).fit(expected, loader(DATA, replicas=1))
+    ipu_trainer(tmp_path, saved).fit(module, loader(DATA))
+    trainer = ipu_trainer(tmp_path, max_epochs=2)
+    trainer.fit(Tempered(), loader(DATA), ckpt_path=tmp_path / "last.ckpt")
+    assert float(expected.temperature.detach()) != pytest.approx(0.8, abs=1e-3)
+    assert "alias.weight" in dict(module.named_parameters())
+    check_weights(weights_of(trainer.lightning_module), weights_of(expected))
 
 
 class Failing(LanguageModel):

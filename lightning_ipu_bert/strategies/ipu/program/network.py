@@ -19,6 +19,7 @@ from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.examples import count_examples
 from lightning_ipu_bert.global_loss import checked_loss
 from lightning_ipu_bert.pipeline.protocol import PipelineModule
+from lightning_ipu_bert.strategies.ipu.program.outside import OutsideTensors, container
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 
 
@@ -78,7 +79,7 @@ def batch_tensors(batch: object) -> List[Tensor]:
 
 
 class TracedNetwork(nn.Module):
-    """The blocks of a model by name, and buffers outside of blocks."""
+    """The blocks of a model by name, and tensors outside of blocks."""
 
     def __init__(self, module: PipelineModule, layout: BatchLayout) -> None:
         """Create the module.
@@ -94,10 +95,10 @@ class TracedNetwork(nn.Module):
         """Whether each tensor of the output is a scalar, which IPUs return once per micro-batch;
         filled when the network is traced, also in the copy that PopTorch traces."""
         for name in module.pipeline_blocks():
-            _add_under(self, name, module.get_submodule(name))  # type: ignore[attr-defined]
-        self._outside = list(_buffers_outside_blocks(module))
-        for index, (owner, name) in enumerate(self._outside):
-            self.register_buffer(f"outside_{index}", owner.get_buffer(name))
+            path, _, last = name.rpartition(".")
+            block = module.get_submodule(name)  # type: ignore[attr-defined]
+            container(self, path).add_module(last, block)
+        self._outside = OutsideTensors(module, self)
         # Not of the blocks, which users may have set to evaluation mode.
         self.training = module.training  # type: ignore[attr-defined]
 
@@ -115,20 +116,8 @@ class TracedNetwork(nn.Module):
         """Prepare the LightningModule for a trace within the context."""
         module: Any = self._host[0]
         # Tensors that it creates on self.device must be on the device of the batch.
-        with on_device(module, tensors[0].device), refused_log(module), self._buffers_lent():
+        with on_device(module, tensors[0].device), refused_log(module), self._outside.lent_by(self):
             yield
-
-    @contextmanager
-    def _buffers_lent(self) -> Iterator[None]:
-        """Replace the buffers of the model by those on the IPUs within the context."""
-        own = [owner.get_buffer(name) for owner, name in self._outside]
-        try:
-            for index, (owner, name) in enumerate(self._outside):
-                setattr(owner, name, self.get_buffer(f"outside_{index}"))
-            yield
-        finally:
-            for (owner, name), buffer in zip(self._outside, own):
-                setattr(owner, name, buffer)
 
 
 class TrainingNetwork(TracedNetwork):
@@ -220,28 +209,3 @@ def every_block_called(module: Any) -> Iterator[None]:
 
 def _note(called: Set[str], name: str, module: nn.Module, inputs: object) -> None:
     called.add(name)
-
-
-def _buffers_outside_blocks(module: Any) -> Iterator[Tuple[nn.Module, str]]:
-    """Yield the buffers outside of blocks: the owning submodule and the name of the buffer."""
-    inside = {
-        id(part)
-        for block in module.pipeline_blocks()
-        for part in module.get_submodule(block).modules()
-    }
-    for owner in module.modules():
-        if id(owner) not in inside:
-            for name, _ in owner.named_buffers(recurse=False):
-                yield owner, name
-
-
-def _add_under(root: nn.Module, name: str, block: nn.Module) -> None:
-    """Add a block under a dotted name, so that its parameters have the names of the model."""
-    *path, last = name.split(".")
-    owner = root
-    for part in path:
-        children = dict(owner.named_children())
-        if part not in children:
-            owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
-    owner.add_module(last, block)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_ipu_bert.strategies.ipu.program.changes import check_groups
+from lightning_ipu_bert.strategies.ipu.program.outside import names_of_parameters
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 from lightning_ipu_bert.strategies.update_hooks import around_update
 
@@ -114,7 +115,7 @@ class IPUOptimizer:
         # The optimizer on the host has nothing to update, but schedulers read its step counter.
         self._groups = [list(group["params"]) for group in host.param_groups]
         self._detach = around_update(host, self._hide_parameters, self._show_parameters)
-        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        names = names_of_parameters(module)
         self._names = [names[id(p)] for group in host.param_groups for p in group["params"]]
         self._loaded: Dict[str, Dict[str, object]] = {}
         """State of a checkpoint by parameter, until there is a program to write it to."""
