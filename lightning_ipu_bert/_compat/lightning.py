@@ -20,8 +20,6 @@ Files are relative to https://github.com/Lightning-AI/pytorch-lightning/tree/mas
   No public API in 2.6.
 - `ModelCheckpoint._every_n_train_steps` (pytorch/callbacks/model_checkpoint.py): the interval
   must be divisible by the updates of a call on IPUs. No public API in 2.6.
-- `WeightAveraging._average_model` (pytorch/callbacks/weight_averaging.py): the copy that it
-  averages into. No public API in 2.6.
 - `ThroughputMonitor._throughputs` (pytorch/callbacks/throughput_monitor.py): it counts ranks
   instead of replicas. No public API in 2.6.
 - `_TrainingEpochLoop`, `_batches_that_stepped` (pytorch/loops/training_epoch_loop.py): the step
@@ -52,7 +50,7 @@ from lightning.fabric.utilities.distributed import (
     _set_num_threads_if_needed,
 )
 from lightning.fabric.utilities.throughput import Throughput
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, callbacks
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ThroughputMonitor
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.optimizer import _validate_multiple_optimizers_support
@@ -63,7 +61,6 @@ from lightning.pytorch.strategies.launchers import (
     _SubprocessScriptLauncher,
 )
 from lightning.pytorch.trainer.call import _interrupt
-from torch import nn
 from typing_extensions import override
 
 MultiProcessingLauncher = _MultiProcessingLauncher
@@ -151,13 +148,6 @@ def every_n_train_steps(callback: ModelCheckpoint) -> int:
 def saves_on_exception(callback: ModelCheckpoint) -> bool:
     """Return whether a ModelCheckpoint saves on exceptions; Lightning before 2.6 does not."""
     return bool(getattr(callback, "save_on_exception", False))
-
-
-def averaged_models(trainer: Trainer) -> List[nn.Module]:
-    """Return the copies of the module in callbacks for weight averaging, new in Lightning 2.6."""
-    kind: Any = vars(callbacks).get("WeightAveraging", ())
-    averages = [c._average_model for c in callbacks_of(trainer) if isinstance(c, kind)]
-    return [average.module for average in averages if average is not None]
 
 
 def throughputs(monitor: ThroughputMonitor) -> List[Throughput]:

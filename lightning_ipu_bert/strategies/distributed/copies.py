@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Dict, List, Set
+from typing import Any, Dict, Iterable, List, Set
 
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -44,6 +44,18 @@ class ModelCopies:
                 "stages. Make copies on all ranks."
             )
         return [model for i, model in models.items() if i in everywhere and model is not None]
+
+
+def copies_in(callbacks: Iterable[object], module: nn.Module) -> List[nn.Module]:
+    """Return the copies of a module that callbacks have made before the run, e.g. in `setup`.
+
+    Args:
+        callbacks: The callbacks, whose attributes may be modules that contain a copy.
+        module: The module.
+    """
+    values = (value for callback in callbacks for value in vars(callback).values())
+    parts = (part for v in values if isinstance(v, nn.Module) for part in v.modules())
+    return [part for part in parts if type(part) is type(module) and part is not module]
 
 
 def completed(checkpoint: Dict[str, Any], group: dist.ProcessGroup) -> Dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import List, Optional, Sized
+from typing import List, Sized
 
 import torch
 import torch.distributed as dist
@@ -36,23 +36,31 @@ def lengths_in_replicas(loader: object, mesh: Mesh, device: torch.device) -> Lis
     return [] if min(found) < 0 else found
 
 
-def length_of_loop(lengths: List[int], training: bool) -> Optional[int]:
-    """Return the number of batches that Lightning expects, the same on all ranks.
+def warn_of_unequal(lengths: List[int]) -> None:
+    """Warn if replicas have different numbers of training batches.
 
     Args:
         lengths: From `lengths_in_replicas`.
-        training: Whether all replicas must run the same number.
     """
-    if not lengths:
-        return None
-    least, most = min(lengths), max(lengths)
-    if training and least != most:
+    if lengths and min(lengths) != max(lengths):
         rank_zero_warn(
-            f"Replicas have between {least} and {most} training batches per epoch: the first "
-            f"{least} of each are used. Divide the data equally, e.g. by "
+            f"Replicas have between {min(lengths)} and {max(lengths)} training batches per epoch: "
+            f"the first {min(lengths)} of each are used. Divide the data equally, e.g. by "
             "trainer.distributed_sampler_kwargs."
         )
-    return least if training else most
+
+
+def length_of_loop(lengths: List[int], stage: RunningStage, divides: bool) -> int:
+    """Return the number of batches that Lightning expects, the same on all ranks.
+
+    Args:
+        lengths: From `lengths_in_replicas`; not empty.
+        stage: What the batches are for.
+        divides: Whether the batches of an evaluation are divided among replicas.
+    """
+    if stage == RunningStage.TRAINING:
+        return min(lengths)
+    return max(lengths) if divides or not evaluates_together(stage) else sum(lengths)
 
 
 def evaluates_together(stage: RunningStage) -> bool:

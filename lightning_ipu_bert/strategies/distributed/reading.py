@@ -36,6 +36,7 @@ from lightning_ipu_bert.strategies.distributed.lengths import (
     evaluates_together,
     length_of_loop,
     lengths_in_replicas,
+    warn_of_unequal,
 )
 from lightning_ipu_bert.strategies.distributed.loaders import ReplicaShare, check_examples
 from lightning_ipu_bert.strategies.distributed.mesh import Mesh
@@ -91,18 +92,18 @@ class ReplicaReader:
             loader: Any iterable over batches.
             stage: What its batches are for.
         """
-        training = stage == RunningStage.TRAINING
         lengths = lengths_in_replicas(loader, self.mesh, self.device)
-        length = length_of_loop(lengths, training)
+        if stage == RunningStage.TRAINING:
+            warn_of_unequal(lengths)
         if lengths and not min(lengths) and evaluates_together(stage):
-            self._divides, length = False, sum(lengths)
+            self._divides = False
         if self.num_replicas > 1 and isinstance(loader, DataLoader):
             self._order_alike(sampler_of(loader))
         try:
-            self._derive(loader, length, stage)
+            self._derive(loader, lengths, stage)
         except TypeError:  # of built-in types: a list of batches, a generator
             loader = _Iterable(loader)
-            self._derive(loader, length, stage)
+            self._derive(loader, lengths, stage)
         return loader
 
     def detach(self) -> None:
@@ -144,7 +145,7 @@ class ReplicaReader:
         finally:
             own.restore()
 
-    def _derive(self, loader: Iterable[object], length: Optional[int], stage: RunningStage) -> None:
+    def _derive(self, loader: Iterable[object], lengths: List[int], stage: RunningStage) -> None:
         kind: Type[Iterable[object]] = type(loader)
 
         def __iter__(own: Iterable[object]) -> Iterator[object]:  # noqa: N807
@@ -152,9 +153,10 @@ class ReplicaReader:
             return self._begin(own, read, stage) if iterated_by_a_loop() else read()
 
         def __len__(own: object) -> int:  # noqa: N807
-            if length is None:
+            if not lengths:
                 raise TypeError(f"object of type {kind.__name__!r} has no len()")
-            return length
+            # Whether the data is divided is known once all loaders are attached.
+            return length_of_loop(lengths, stage, self._divides)
 
         loader.__class__ = type(kind.__name__, (kind,), {"__iter__": __iter__, "__len__": __len__})
         self._attached.append((loader, kind))

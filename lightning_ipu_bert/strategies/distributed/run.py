@@ -11,14 +11,14 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from torch.optim import Optimizer
 
-from lightning_ipu_bert._compat.lightning import averaged_models, callbacks_of
+from lightning_ipu_bert._compat.lightning import callbacks_of
 from lightning_ipu_bert._compat.loaders import divides_data
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.rules import enforce
 from lightning_ipu_bert.strategies.distributed import mesh as collectives
 from lightning_ipu_bert.strategies.distributed import weights
 from lightning_ipu_bert.strategies.distributed.checks import optimizer_rules, tunes_batch_size
-from lightning_ipu_bert.strategies.distributed.copies import ModelCopies, completed
+from lightning_ipu_bert.strategies.distributed.copies import ModelCopies, completed, copies_in
 from lightning_ipu_bert.strategies.distributed.executor import TorchPipelineExecutor
 from lightning_ipu_bert.strategies.distributed.generators import ReplicaGenerators
 from lightning_ipu_bert.strategies.distributed.gradients import average_gradients, averaged_after
@@ -89,7 +89,7 @@ class Run:
     def place(self, precision: Precision) -> None:
         """Keep the parameters of this rank, move them to the device, and create the executor."""
         assert isinstance(precision, GlobalNorm)
-        for copy in averaged_models(self.trainer):
+        for copy in copies_in(callbacks_of(self.trainer), self.module):
             self.copies.add(copy)
             self.weights.drop_others(copy)
         self.weights.drop_others(self.module)

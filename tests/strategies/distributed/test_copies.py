@@ -166,6 +166,39 @@ def test_averaged_statistics_are_those_of_their_stage(tmp_path):
     assert saved["layers.0.1.num_batches_tracked"] > 0
 
 
+class OwnAverage(pl.Callback):
+    """Averages weights as people write it: a copy in setup, a dictionary, and saves both."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.average = deepcopy(pl_module)
+
+    def on_train_start(self, trainer, pl_module):
+        self.shadow = {n: p.clone().detach().cpu() for n, p in pl_module.named_parameters()}
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        for own, p in zip(self.average.parameters(), pl_module.parameters()):
+            own.lerp_(p, 0.5)
+        for name, p in pl_module.named_parameters():
+            self.shadow[name].mul_(0.5).add_(p.detach() * 0.5)
+
+    def state_dict(self):
+        return {"average": self.average.state_dict(), "shadow": self.shadow}
+
+
+@pytest.mark.parametrize("plan", ["2x1", "2x2"])
+def test_averages_of_other_callbacks_are_those_of_one_process(plan, tmp_path):
+    for name in ("auto", plan):
+        callbacks = [OwnAverage(), *saving(tmp_path, name)]
+        (fit if name == "auto" else fit_ranks)(name, tmp_path, Project, callbacks=callbacks)
+    one, other = (
+        torch.load(tmp_path / name / "last.ckpt", weights_only=True)["callbacks"]["OwnAverage"]
+        for name in ("auto", plan)
+    )
+    assert_close([other["average"]], one["average"])
+    assert_close([other["shadow"]], one["shadow"])
+
+
 def pickled(name, folder):
     import pickle
 

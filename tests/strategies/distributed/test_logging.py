@@ -192,3 +192,26 @@ def test_collectives_of_predictions_with_unequal_shares(count, tmp_path):
     rows = [row for found, _ in (results[0], results[2]) for part in found for row in part.tolist()]
     expected_rows = [row for part in expected for row in part.tolist()]
     torch.testing.assert_close(torch.tensor(sorted(rows)), torch.tensor(sorted(expected_rows)))
+
+
+class TwoLoaders(Evaluating):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.log("examples", float(len(batch["x"])), reduce_fx="sum", sync_dist=True, on_epoch=True)
+        self.all_gather(batch["x"].mean())
+
+    def on_validation_epoch_end(self):
+        self.all_gather(torch.ones(()))
+
+
+def evaluated_twice(name, folder):
+    warnings.simplefilter("ignore")
+    trainer = make_trainer(folder, plan=plan_of(name))
+    loaders = [torch.utils.data.DataLoader(table(count), 4) for count in (13, 1)]
+    trainer.validate(TwoLoaders(), loaders, verbose=False)
+    return {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+
+def test_one_of_several_loaders_with_fewer_examples_than_replicas(tmp_path):
+    expected = evaluated_twice("auto", tmp_path)
+    assert sorted(expected.values()) == [1.0, 13.0]
+    assert run_ranks(2, evaluated_twice, "1x2", tmp_path) == [expected] * 2
