@@ -15,6 +15,7 @@ from typing import (
     MutableMapping,
     Optional,
     Tuple,
+    TypeVar,
     Union,
 )
 
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from torch import Tensor
 from typing_extensions import TypeGuard
 
+T = TypeVar("T")
 Leaf = Callable[[object], object]
 Path = Tuple[object, ...]
 """Keys and indices that lead to an entry of a structure."""
@@ -121,14 +123,13 @@ def paths_of(value: object, path: Path = ()) -> Dict[Path, object]:
     }
 
 
-def with_leaves(value: Any, leaves: Mapping[Path, object], path: Path = ()) -> Any:
+def with_leaves(value: T, leaves: Mapping[Path, object], path: Path = ()) -> T:
     """Return a structure in which some leaves are replaced, given by their paths."""
     entries = entries_of(value)
     if entries is None:
-        return leaves.get(path, value)
-    return with_entries(
-        value, {key: with_leaves(entry, leaves, (*path, key)) for key, entry in entries.items()}
-    )
+        return leaves.get(path, value)  # type: ignore[return-value]
+    changed = {key: with_leaves(entry, leaves, (*path, key)) for key, entry in entries.items()}
+    return with_entries(value, changed)  # type: ignore[return-value]
 
 
 def tensors_of(value: object) -> List[Tensor]:

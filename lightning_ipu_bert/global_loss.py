@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol, Union
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,16 @@ from torch import Tensor
 from lightning_ipu_bert._compat.lightning import trainer_of
 from lightning_ipu_bert.batch_trees import map_tree, tensors_of
 from lightning_ipu_bert.errors import UserError
+
+
+class Weighted(Protocol):
+    """The loss of a `PipelineModule`."""
+
+    def pipeline_loss(self, output: object, batch: object) -> object:
+        """Return the loss of a micro-batch."""
+
+    def batch_weight(self, batch: object) -> Union[float, Tensor]:
+        """Return the weight of the loss of a micro-batch."""
 
 
 def no_loss(output: object) -> Tensor:
@@ -30,7 +40,7 @@ def detached(output: object) -> object:
     return map_tree(output, lambda x: x.detach() if isinstance(x, Tensor) else x)
 
 
-def loss_of(module: Any, output: object, batch: object, weighted: bool) -> Tensor:
+def loss_of(module: Weighted, output: object, batch: object, weighted: bool) -> Tensor:
     """Return the loss of a batch in this process.
 
     Args:
@@ -44,7 +54,7 @@ def loss_of(module: Any, output: object, batch: object, weighted: bool) -> Tenso
     return checked_loss(module, output, batch)
 
 
-def checked_loss(module: Any, output: object, batch: object) -> Tensor:
+def checked_loss(module: Weighted, output: object, batch: object) -> Tensor:
     """Return the loss of a batch, which must be a scalar.
 
     Args:
@@ -65,7 +75,7 @@ def checked_loss(module: Any, output: object, batch: object) -> Tensor:
     return loss
 
 
-def global_loss(module: Any, output: object, batch: object, weighted: bool) -> Tensor:
+def global_loss(module: Weighted, output: object, batch: object, weighted: bool) -> Tensor:
     """Return the loss of the global batch, of which `batch` is the part of this process.
 
     Strategies like DDP average the gradients of all processes. The gradients of the result are

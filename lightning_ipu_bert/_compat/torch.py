@@ -154,3 +154,19 @@ def wait_for_keys(keys: List[str], key: str, value: str, seconds: float) -> List
     store.set(key, value)
     store.wait(keys, timedelta(seconds=seconds))
     return [store.get(name).decode() for name in keys]
+
+
+BASE = vars(Tensor.__mro__[1])
+"""Attributes of the class of tensors in C++."""
+
+
+def plain_version(tensor: Tensor) -> int:
+    """Return how often a tensor was modified in place, without the code of its subclass."""
+    with without_torch_function():
+        return int(BASE["_version"].__get__(tensor))
+
+
+def plain_requires_grad(tensor: Tensor) -> bool:
+    """Return whether a tensor requires gradients, without the code of its subclass."""
+    with without_torch_function():
+        return bool(BASE["requires_grad"].__get__(tensor))

@@ -17,7 +17,7 @@ class PipelineExecutor(Protocol):
     def output(self, batch: Any) -> Any:
         """Return the output of the last block for the full batch, on every rank."""
 
-    def loss_and_output(self, batch: Any) -> Tuple[Any, Any]:
+    def loss_and_output(self, batch: object) -> Tuple[Any, object]:
         """Return the loss, as `loss` does, and the detached output, without a second forward."""
 
 

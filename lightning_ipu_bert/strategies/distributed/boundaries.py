@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Any, Dict, Hashable, Iterator, List, Sequence, Tuple
+from typing import Dict, Hashable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -64,13 +64,14 @@ class Boundaries:
     def _find(self, micro_batch: object) -> List[HiddenStates]:
         found = [HiddenStates(is_input=True)]
         for index in range(self.plan.main.num_stages - 1):
-            object_list: List[Any] = [None]
+            object_list: List[Optional[HiddenStates]] = [None]
             if index in self.stages:
                 with self._dry_run(self.stages[index], micro_batch, found) as stage:
                     value = stage.run(0, *found[index].zeros(self.device))
                 object_list = [HiddenStates.of(value, index)]
             source = self.mesh.global_rank(self.plan.main.rank_of(index))
             dist.broadcast_object_list(object_list, source, self.mesh.pipeline_group)
+            assert object_list[0] is not None
             found.append(object_list[0])
         return found
 

@@ -85,7 +85,7 @@ def resolve_run(trainer: Trainer, args: Any, config: PipelineConfig) -> Optional
     return plan
 
 
-def resolve_plan(module: Any, config: PipelineConfig, fitting: bool) -> Plan:
+def resolve_plan(module: LightningModule, config: PipelineConfig, fitting: bool) -> Plan:
     """Return the plan of a run.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Dict, Iterable, List, Set
+from typing import Dict, Iterable, List, Set
 
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -30,6 +30,11 @@ class ModelCopies:
     def add(self, model: nn.Module) -> None:
         """Add a copy; it is not kept alive."""
         self._references.append(weakref.ref(model))
+
+    def release(self) -> None:
+        """Let the copies run in one process, without communication."""
+        for model in filter(None, (reference() for reference in self._references)):
+            vars(model)["pipeline_executor"] = None
 
     def common(self) -> List[nn.Module]:
         """Return the copies that exist on all ranks of the replica, which must all call it."""
@@ -58,7 +63,7 @@ def copies_in(callbacks: Iterable[object], module: nn.Module) -> List[nn.Module]
     return [part for part in parts if type(part) is type(module) and part is not module]
 
 
-def completed(checkpoint: Dict[str, Any], group: dist.ProcessGroup) -> Dict[str, Any]:
+def completed(checkpoint: Dict[str, object], group: dist.ProcessGroup) -> Dict[str, object]:
     """Return a checkpoint with the tensors of other stages, on the first rank of a replica.
 
     A callback saves its copy of the model on every rank: what is a meta tensor on the first rank is
@@ -87,5 +92,4 @@ def completed(checkpoint: Dict[str, Any], group: dist.ProcessGroup) -> Dict[str,
             f"The checkpoint has no values for {'/'.join(map(str, path))}, which is on another "
             "stage. Callbacks must copy and save weights on all ranks."
         )
-    result: Dict[str, Any] = with_leaves(checkpoint, found)
-    return result
+    return with_leaves(checkpoint, found)

@@ -32,6 +32,7 @@ from lightning_ipu_bert.strategies.distributed.micro_batches import (
 from lightning_ipu_bert.strategies.distributed.outputs import OutputExchange
 from lightning_ipu_bert.strategies.distributed.stage import ScheduleCall, Stage
 from lightning_ipu_bert.strategies.distributed.torch_schedule import build_schedule, chunked
+from lightning_ipu_bert.strategies.pipelined import PipelinedModule
 
 SCHEDULES_KEPT = 4
 """Schedules with their buffers: training and evaluation, and alternating sets of parameters."""
@@ -46,14 +47,14 @@ class TorchPipelineExecutor:
 
     def __init__(
         self,
-        model: Any,
+        model: PipelinedModule,
         plan: Plan,
         mesh: Mesh,
         device: torch.device,
         seed: int,
         batches_done: Callable[[], int] = lambda: 0,
         loss_scale: Callable[[], float] = lambda: 1.0,
-        copied: Callable[[Any], None] = lambda model: None,
+        copied: Callable[[PipelinedModule], None] = lambda model: None,
     ) -> None:
         """Create an executor.
 
@@ -102,7 +103,7 @@ class TorchPipelineExecutor:
         """Least size of a micro-batch in training."""
         return least_size(self.model)
 
-    def __deepcopy__(self, memo: Dict[int, object]) -> Optional[TorchPipelineExecutor]:
+    def __deepcopy__(self, memo: Dict[int, Any]) -> Optional[TorchPipelineExecutor]:
         """Return an executor for the copy of the model, or None if it is not copied."""
         model = memo.get(id(self.model))
         if model is None:

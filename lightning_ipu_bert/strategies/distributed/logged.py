@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import inspect
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, Union
+from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_ipu_bert.errors import UserError
@@ -56,15 +56,16 @@ class LoggedValues:
         return len(self._entries)
 
     @contextmanager
-    def collected_from(self, model: Any) -> Iterator[None]:
+    def collected_from(self, model: nn.Module) -> Iterator[None]:
         """Collect what a module logs within the context, instead of logging it."""
         with replaced_log(model, self._collect):
             yield
 
-    def _collect(self, *args: Any, **kwargs: Any) -> None:
+    def _collect(self, *args: object, **kwargs: object) -> None:
         bound = inspect.signature(LightningModule.log).bind(None, *args, **kwargs)
         bound.apply_defaults()
         given, call = bound.arguments, self._call
+        reduction = given["reduce_fx"]
         if isinstance(given["value"], (Metric, MetricCollection)):
             raise UserError(
                 f"self.log({given['name']!r}) in pipeline_loss or stage_forward is given a metric, "
@@ -78,12 +79,12 @@ class LoggedValues:
                 call.stage,
                 call.loss_weights[call.current] if call.in_loss else float(call.size),
                 given["batch_size"],
-                str(getattr(given["reduce_fx"], "__name__", given["reduce_fx"])),
+                reduction if isinstance(reduction, str) else reduction.__name__,
                 {name: given[name] for name in PASSED_ON},
             )
         )
 
-    def log_everywhere(self, model: Any, replicas: int) -> None:
+    def log_everywhere(self, model: LightningModule, replicas: int) -> None:
         """Log the values of all ranks on this one; all ranks must call it.
 
         Args:
@@ -93,12 +94,13 @@ class LoggedValues:
         own = [entry._replace(value=float(entry.value)) for entry in self._entries]
         parts: List[Tuple[int, List[Entry]]] = [(0, [])] * dist.get_world_size()
         dist.all_gather_object(parts, (len(self._call.micro_batches) * self._call.size, own))
+        log: Callable[..., None] = model.log
         # The ranks of a replica have the same batch.
         global_batch = sum(examples for examples, _ in parts) * replicas // len(parts)
         for entries in by_name([entries for _, entries in parts]):
             given = [entry.examples for entry in entries if entry.examples is not None]
             share = 1 / replicas if entries[0].reduction == "sum" else 1.0
-            model.log(
+            log(
                 entries[0].name,
                 combined(entries) * share,
                 batch_size=sum(given) or global_batch,
@@ -128,20 +130,21 @@ def combined(entries: List[Entry]) -> float:
 
 
 @contextmanager
-def replaced_log(model: Any, log: Callable[..., None]) -> Iterator[None]:
+def replaced_log(model: nn.Module, log: Callable[..., None]) -> Iterator[None]:
     """Replace `model.log` within the context."""
-    before = vars(model).get("log")
-    model.log = log
+    own = vars(model)
+    before = own.get("log")
+    own["log"] = log
     try:
         yield
     finally:
-        del model.log  # restores the method of the class
+        del own["log"]  # restores the method of the class
         if before is not None:
-            model.log = before
+            own["log"] = before
 
 
 @contextmanager
-def unlogged(model: Any) -> Iterator[None]:
+def unlogged(model: nn.Module) -> Iterator[None]:
     """Log nothing within the context."""
 
     def nothing(*_: object, **__: object) -> None:

@@ -14,7 +14,7 @@ from lightning_ipu_bert.batch_trees import Path, map_tree, paths_of, with_leaves
 from lightning_ipu_bert.pipeline.plan import Plan
 from lightning_ipu_bert.strategies.distributed.optimizer_shards import OptimizerShards
 
-Entries = Dict[int, Dict[str, Any]]
+Entries = Dict[int, Dict[str, object]]
 """State of each parameter, by the index of the parameter."""
 
 
@@ -86,7 +86,7 @@ def _state_dict(optimizer: Optimizer, shards: Optional[OptimizerShards]) -> Dict
 def _joined(of_replicas: List[Entries], shapes: List[torch.Size]) -> Entries:
     """Concatenate the slices of all replicas; scalars are equal on all of them."""
 
-    def join(index: int) -> Dict[str, Any]:
+    def join(index: int) -> Dict[str, object]:
         parts = [paths_of(entries[index]) for entries in of_replicas]
         joined: Dict[Path, object] = {}
         for path, value in parts[0].items():
@@ -94,7 +94,6 @@ def _joined(of_replicas: List[Entries], shapes: List[torch.Size]) -> Entries:
                 slices = [part[path] for part in parts]
                 flat = torch.cat([x.reshape(-1) for x in slices if isinstance(x, Tensor)])
                 joined[path] = flat.view(shapes[index])
-        entry: Dict[str, Any] = with_leaves(of_replicas[0][index], joined)
-        return entry
+        return with_leaves(of_replicas[0][index], joined)
 
     return {index: join(index) for index in of_replicas[0]}

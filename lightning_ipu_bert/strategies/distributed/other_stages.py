@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Callable, Dict, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class OtherStageTensor(Tensor):
     @override
     def __torch_function__(
         cls,
-        func: Any,
+        func: Callable[..., object],
         types: Sequence[type],
         args: Sequence[object] = (),
         kwargs: Optional[Mapping[str, object]] = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -53,7 +53,7 @@ class OutputExchange:
             if outputs:
                 self._dims[_key(outputs[0])] = changed_dims(outputs[0], other)
         joined = join_outputs(outputs, self._dims[_key(outputs[0])]) if outputs else None
-        object_list: List[Any] = [shapes_of(joined)]
+        object_list: List[object] = [shapes_of(joined)]
         dist.broadcast_object_list(object_list, self._last_rank, self._group)
         output = joined if outputs else zeros_like(object_list[0], self._device)
         for tensor in tensors_of(output):

@@ -89,7 +89,7 @@ class ReplicaReader:
         callbacks know of it, remains the one of the user.
 
         Args:
-            loader: Any iterable over batches.
+            loader: An iterable over batches.
             stage: What its batches are for.
         """
         lengths = lengths_in_replicas(loader, self.mesh, self.device)
@@ -234,7 +234,7 @@ class ReplicaReader:
 
 
 class _Iterable:
-    """Any iterable, with a class that can be derived from."""
+    """An iterable, with a class that can be derived from."""
 
     def __init__(self, iterable: Iterable[object]) -> None:
         self.iterable = iterable

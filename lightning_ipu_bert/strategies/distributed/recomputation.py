@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, ContextManager, Dict, Iterator, List, Sequence, Tuple
+from typing import Callable, ContextManager, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_ipu_bert._compat.torch import replaced_call
+from lightning_ipu_bert._compat.torch import plain_version, replaced_call
 from lightning_ipu_bert.batch_trees import map_tree, tensors_of
 
 
@@ -39,19 +39,21 @@ class Recomputation:
                 undo.enter_context(replaced_call(layer, partial(self._run, layer)))
             yield
 
-    def _run(self, layer: nn.Module, forward: Any, *args: object, **kwargs: object) -> object:
+    def _run(
+        self, layer: nn.Module, forward: Callable[..., object], *args: object, **kwargs: object
+    ) -> object:
         """Run a layer, on copies of its input if it modifies it: it must be there a second time."""
         copies = self._modifies_input.get(layer, True)
 
-        def run(*inputs: object) -> object:
-            given: Any = inputs
+        def run(args: Sequence[object], kwargs: Mapping[str, object]) -> object:
             if copies:
-                given = map_tree(given, lambda x: x.clone() if isinstance(x, Tensor) else x)
-            tensors = tensors_of(given)
-            before = [tensor._version for tensor in tensors]
-            output: object = forward(*given[0], **given[1])
+                args = [copied(value) for value in args]
+                kwargs = {name: copied(value) for name, value in kwargs.items()}
+            tensors = tensors_of([*args, *kwargs.values()])
+            before = [plain_version(tensor) for tensor in tensors]
+            output = forward(*args, **kwargs)
             if layer.training and copies:
-                modified = before != [tensor._version for tensor in tensors]
+                modified = before != [plain_version(tensor) for tensor in tensors]
                 self._modifies_input[layer] = self._modifies_input.get(layer, False) or modified
             return output
 
@@ -59,6 +61,11 @@ class Recomputation:
             return nullcontext(), BuffersUnchanged(layer)
 
         return checkpoint(run, args, kwargs, use_reentrant=False, context_fn=contexts)
+
+
+def copied(value: object) -> object:
+    """Return a structure with copies of its tensors."""
+    return map_tree(value, lambda x: x.clone() if isinstance(x, Tensor) else x)
 
 
 class BuffersUnchanged:

@@ -92,6 +92,7 @@ class Run:
         for copy in copies_in(callbacks_of(self.trainer), self.module):
             self.copies.add(copy)
             self.weights.drop_others(copy)
+            weights.broadcast_parameters(copy, self.mesh.replica_group)
         self.weights.drop_others(self.module)
         precision.convert_module(self.module)
         weights.move_to(self.module, self.device)
@@ -211,6 +212,7 @@ class Run:
     def _detach(self) -> None:
         """Detach from module, Trainer and optimizers, without communication."""
         self.module.pipeline_executor = None
+        self.copies.release()
         self.signals.release()
         self.reader.detach()
         self.hooks.detach()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Dict, Iterator, List, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from typing_extensions import override
 
 from lightning_ipu_bert.global_loss import checked_loss, detached, no_loss
 from lightning_ipu_bert.pipeline.plan import Plan
-from lightning_ipu_bert.pipeline.protocol import PipelineModule
 from lightning_ipu_bert.strategies.distributed.hidden_states import HiddenStates
 from lightning_ipu_bert.strategies.distributed.recomputation import Recomputation
+from lightning_ipu_bert.strategies.pipelined import PipelinedModule
 
 
 @dataclass
@@ -55,7 +55,9 @@ class Stage(nn.Module):
     stage returns the loss, in evaluation a dummy.
     """
 
-    def __init__(self, model: PipelineModule, plan: Plan, index: int, device: torch.device) -> None:
+    def __init__(
+        self, model: PipelinedModule, plan: Plan, index: int, device: torch.device
+    ) -> None:
         """Create a stage.
 
         Args:
@@ -66,13 +68,12 @@ class Stage(nn.Module):
         """
         super().__init__()
         self.device = device
-        module: Any = model
         self.index = index
         self.is_last = index == plan.main.num_stages - 1
         self.names = plan.main.stages[index]
-        self.blocks = nn.ModuleList(module.get_submodule(name) for name in self.names)
+        self.blocks = nn.ModuleList(model.get_submodule(name) for name in self.names)
         if self.is_last:
-            self.in_no_block = nn.ParameterList(parameters_outside_blocks(module, plan))
+            self.in_no_block = nn.ParameterList(parameters_outside_blocks(model, plan))
         recomputed = set(plan.layers) if plan.recompute else set()
         self._recomputation = Recomputation(
             [block for name, block in zip(self.names, self.blocks) if name in recomputed]

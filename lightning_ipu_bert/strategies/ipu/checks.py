@@ -21,11 +21,14 @@ from lightning_ipu_bert.pipeline.rules import Violation, enforce
 from lightning_ipu_bert.strategies import refusals
 from lightning_ipu_bert.strategies.ipu.hardware import check_hardware, check_poprun
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
+from lightning_ipu_bert.strategies.pipelined import PipelinedModule
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def resolve_run(trainer: Trainer, module: Any, config: IPUConfig, auto_round: bool) -> Plan:
+def resolve_run(
+    trainer: Trainer, module: PipelinedModule, config: IPUConfig, auto_round: bool
+) -> Plan:
     """Check a run and resolve its plan.
 
     Args:
@@ -61,7 +64,7 @@ def resolve_run(trainer: Trainer, module: Any, config: IPUConfig, auto_round: bo
     return plan
 
 
-def check_sdk(config: IPUConfig, plan: Plan, module: Any, compile_only: bool) -> None:
+def check_sdk(config: IPUConfig, plan: Plan, module: PipelinedModule, compile_only: bool) -> None:
     """Check that PopTorch and enough IPUs are available.
 
     Raises:

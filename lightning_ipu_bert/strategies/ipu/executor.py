@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from lightning_ipu_bert.strategies.ipu.program.offline import CompiledOffline
 from lightning_ipu_bert.strategies.ipu.program.optimizer import IPUOptimizer
 from lightning_ipu_bert.strategies.ipu.program.pair import ProgramPair
 from lightning_ipu_bert.strategies.ipu.program.random_state import RandomState
+from lightning_ipu_bert.strategies.pipelined import PipelinedModule
 
 
 class IPUExecutor:
@@ -43,7 +44,7 @@ class IPUExecutor:
 
     def __init__(
         self,
-        module: Any,
+        module: PipelinedModule,
         config: IPUConfig,
         compiler: ProgramCompiler,
         random_state: RandomState,

@@ -22,7 +22,7 @@ MODES = {"sync": "Sync", "async": "Async", "async_rebatched": "AsyncRebatched"}
 
 def ipu_loader(
     loader: object,
-    options: Any,
+    options: object,
     program: ProgramConfig,
     accumulation: int,
     mode: LoaderMode = "sync",
@@ -66,17 +66,11 @@ def ipu_loader(
     return result
 
 
-def options_rule(given: Any, expected: Any, training: bool) -> Iterator[Violation]:
+def options_rule(given: object, expected: object, training: bool) -> Iterator[Violation]:
     """A `poptorch.DataLoader` of the user must make batches of the size of a call."""
-    for name, found, needed in (
-        ("deviceIterations", given.device_iterations, expected.device_iterations),
-        ("replicationFactor", given.replication_factor, expected.replication_factor),
-        (
-            "Training.gradientAccumulation",
-            given.Training.gradient_accumulation,
-            expected.Training.gradient_accumulation,
-        ),
-    ):
+    needed_counts = _counts(expected)
+    for name, found in _counts(given).items():
+        needed = needed_counts[name]
         if found != needed:
             yield Violation(
                 f"The options of a poptorch.DataLoader with {name}({found})",
@@ -84,6 +78,15 @@ def options_rule(given: Any, expected: Any, training: bool) -> Iterator[Violatio
                 f"differ from {needed} of the program",
                 f"Create it with trainer.strategy.poptorch_options(training={training}).",
             )
+
+
+def _counts(options: Any) -> Dict[str, int]:
+    """Return the numbers of `poptorch.Options` that determine the size of a batch."""
+    return {
+        "deviceIterations": options.device_iterations,
+        "replicationFactor": options.replication_factor,
+        "Training.gradientAccumulation": options.Training.gradient_accumulation,
+    }
 
 
 def _batch_arguments(loader: Any, program: ProgramConfig, accumulation: int) -> Dict[str, Any]:

@@ -37,6 +37,7 @@ from lightning_ipu_bert.strategies.ipu.updates import (
     intervals_in_calls,
     schedules_of_every_update,
 )
+from lightning_ipu_bert.strategies.pipelined import PipelinedModule
 from lightning_ipu_bert.training.interrupts import SignalsBetweenSteps
 
 
@@ -46,7 +47,7 @@ class Run:
     def __init__(
         self,
         trainer: Trainer,
-        module: Any,
+        module: PipelinedModule,
         config: IPUConfig,
         overridden: Mapping[str, Any],
         options: RunOptions,
@@ -77,7 +78,7 @@ class Run:
         """Whether weights are float16."""
         self._updates = UpdatesOfACall(config.device_iterations)
         self._signals = SignalsBetweenSteps()
-        self._poptorch_options: Dict[Tuple[bool, bool], Any] = {}
+        self._poptorch_options: Dict[Tuple[bool, bool], object] = {}
         self._batch_sizes: Dict[bool, int] = {}
         self._cleanup = ExitStack()
         check_sdk(config, self.plan, module, options.compile_only)
@@ -110,7 +111,7 @@ class Run:
             offline=self.options.compile_only,
         )
         for part in self.module.modules():  # weights may be loaded into a submodule only
-            hook = part.register_load_state_dict_post_hook(self._weights_were_loaded)
+            hook = part.register_load_state_dict_post_hook(self._weights_were_loaded)  # type: ignore[no-untyped-call]
             self._cleanup.callback(hook.remove)
         notice_removed_blocks(self.module)
         if self.plan.training is not None:
@@ -193,7 +194,7 @@ class Run:
             self._batch_sizes[training] = max(size, self._batch_sizes.get(training, 0))
         return result
 
-    def _options_for(self, training: bool, returns_output: bool = False) -> Any:
+    def _options_for(self, training: bool, returns_output: bool = False) -> object:
         key = (training, returns_output)
         if key not in self._poptorch_options:
             folder = self._cleanup.enter_context(TemporaryDirectory(prefix="ipu-initializers-"))

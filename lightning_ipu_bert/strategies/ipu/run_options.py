@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 from lightning_ipu_bert.pipeline.ipu.config import IPUConfig
 from lightning_ipu_bert.strategies.ipu.loaders import LoaderMode
@@ -27,7 +27,7 @@ def program_options(
     options: RunOptions,
     initializers_file: Optional[str] = None,
     returns_output: bool = False,
-) -> Any:
+) -> object:
     """Return the `poptorch.Options` of a program, as edited by the user.
 
     Args:

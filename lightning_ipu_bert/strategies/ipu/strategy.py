@@ -115,12 +115,8 @@ class IPUStrategy(ParallelStrategy):
         assert self._run is not None
         return self._run
 
-    def poptorch_options(self, training: bool) -> Any:
-        """Return a copy of the `poptorch.Options` of a program, for a `poptorch.DataLoader`.
-
-        Args:
-            training: Whether to return those of the training program, or of inference.
-        """
+    def poptorch_options(self, training: bool) -> object:
+        """Return the options of the training or inference program, for a `poptorch.DataLoader`."""
         return program_options(self.ipu_config, training, self._options)
 
     @property

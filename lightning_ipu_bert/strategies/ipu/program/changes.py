@@ -8,8 +8,9 @@ from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 from torch import Tensor, nn
 
-from lightning_ipu_bert._compat.torch import without_torch_function
+from lightning_ipu_bert._compat.torch import plain_requires_grad, plain_version
 from lightning_ipu_bert.errors import UserError
+from lightning_ipu_bert.strategies.pipelined import PipelinedModule
 
 PLAIN = (bool, int, float, str, type(None))
 """Types of attributes that a trace turns into constants."""
@@ -17,12 +18,12 @@ Modes = Tuple[bool, ...]
 """Whether each submodule is in training mode."""
 
 
-def modes_of(module: Any) -> Modes:
+def modes_of(module: PipelinedModule) -> Modes:
     """Return whether a module and the parts of its blocks are in training mode."""
     return (module.training, *(part.training for _, part in _parts(module)))
 
 
-def mode_rule(module: Any, compiled: Modes) -> None:
+def mode_rule(module: PipelinedModule, compiled: Modes) -> None:
     """Check that the modes are those that a training program was compiled with.
 
     Raises:
@@ -41,7 +42,7 @@ def mode_rule(module: Any, compiled: Modes) -> None:
 class Constants:
     """Attributes that are constants of a program, with their values when it was compiled."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: PipelinedModule) -> None:
         """Create the object, which knows no values yet.
 
         Args:
@@ -57,8 +58,8 @@ class Constants:
         module, noted = self._module, self._of_module
         kind: Any = type(module)
 
-        def __getattribute__(own: Any, name: str) -> Any:  # noqa: N807
-            value = kind.__getattribute__(own, name)
+        def __getattribute__(own: object, name: str) -> object:  # noqa: N807
+            value: object = kind.__getattribute__(own, name)
             own_attributes = object.__getattribute__(own, "__dict__")
             if isinstance(value, PLAIN) and name in own_attributes and _is_public(name):
                 noted[name] = value
@@ -99,7 +100,7 @@ class HostTensors:
             *module.named_parameters(),
             *module.named_buffers(),
         ]
-        self._trained = [self._requires_grad(tensor) for _, tensor in self._tensors]
+        self._trained = [plain_requires_grad(tensor) for _, tensor in self._tensors]
         self._versions = self._current()
 
     def changed(self) -> bool:
@@ -114,7 +115,7 @@ class HostTensors:
             UserError: If `requires_grad` of one has changed.
         """
         for (name, tensor), before in zip(self._tensors, self._trained):
-            if self._requires_grad(tensor) != before:
+            if plain_requires_grad(tensor) != before:
                 raise UserError(
                     f"requires_grad of {name} has changed to {not before}, but the training "
                     f"program was compiled with {before}. Freeze and unfreeze parameters before "
@@ -122,15 +123,7 @@ class HostTensors:
                 )
 
     def _current(self) -> List[int]:
-        with without_torch_function():
-            version: Any = Tensor._version
-            return [version.__get__(tensor) for _, tensor in self._tensors]
-
-    @staticmethod
-    def _requires_grad(tensor: Tensor) -> bool:
-        with without_torch_function():
-            flag: Any = Tensor.requires_grad
-            return bool(flag.__get__(tensor))
+        return [plain_version(tensor) for _, tensor in self._tensors]
 
 
 def check_groups(before: Sequence[int], now: Sequence[int]) -> None:
@@ -151,7 +144,7 @@ def check_groups(before: Sequence[int], now: Sequence[int]) -> None:
         )
 
 
-def _parts(module: Any) -> Iterator[Tuple[str, nn.Module]]:
+def _parts(module: PipelinedModule) -> Iterator[Tuple[str, nn.Module]]:
     for block in module.pipeline_blocks():
         yield from module.get_submodule(block).named_modules(prefix=block)
 

@@ -12,6 +12,7 @@ from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.ipu.program import ProgramConfig
 from lightning_ipu_bert.strategies.ipu.program.changes import Constants, modes_of
 from lightning_ipu_bert.strategies.ipu.program.network import BatchLayout
+from lightning_ipu_bert.strategies.pipelined import PipelinedModule
 
 
 class CompiledProgram:
@@ -23,7 +24,7 @@ class CompiledProgram:
         poplar: Any,
         batch_size: int,
         layout: BatchLayout,
-        module: Any,
+        module: PipelinedModule,
     ) -> None:
         """Create a program that is not compiled yet.
 
@@ -58,7 +59,7 @@ class CompiledProgram:
         if self.poplar.isCompiled() and self.poplar.isAttachedToDevice():
             self.poplar.detachFromDevice()
 
-    def check(self, batch: Any, tensors: Sequence[Tensor]) -> None:
+    def check(self, batch: object, tensors: Sequence[Tensor]) -> None:
         """Check the structure and shapes of a batch, and the constants of the program.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Callable, List, Optional, Sequence
+from typing import Callable, List, Optional, Sequence
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -27,6 +27,7 @@ from lightning_ipu_bert.strategies.ipu.program.network import (
     batch_tensors,
 )
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
+from lightning_ipu_bert.strategies.pipelined import PipelinedModule
 
 
 class ProgramCompiler:
@@ -34,7 +35,7 @@ class ProgramCompiler:
 
     def __init__(
         self,
-        module: Any,
+        module: PipelinedModule,
         config: IPUConfig,
         plan: Plan,
         make_options: Callable[[bool, bool], object],

@@ -18,9 +18,9 @@ from lightning_ipu_bert.batch_trees import map_tree, tensors_of
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.examples import count_examples
 from lightning_ipu_bert.global_loss import checked_loss
-from lightning_ipu_bert.pipeline.protocol import PipelineModule
 from lightning_ipu_bert.strategies.ipu.program.outside import OutsideTensors, container
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
+from lightning_ipu_bert.strategies.pipelined import PipelinedModule
 
 
 class OnHost:
@@ -81,7 +81,7 @@ def batch_tensors(batch: object) -> List[Tensor]:
 class TracedNetwork(nn.Module):
     """The blocks of a model by name, and tensors outside of blocks."""
 
-    def __init__(self, module: PipelineModule, layout: BatchLayout) -> None:
+    def __init__(self, module: PipelinedModule, layout: BatchLayout) -> None:
         """Create the module.
 
         Args:
@@ -96,15 +96,14 @@ class TracedNetwork(nn.Module):
         filled when the network is traced, also in the copy that PopTorch traces."""
         for name in module.pipeline_blocks():
             path, _, last = name.rpartition(".")
-            block = module.get_submodule(name)  # type: ignore[attr-defined]
-            container(self, path).add_module(last, block)
+            container(self, path).add_module(last, module.get_submodule(name))
         self._outside = OutsideTensors(module, self)
         # Not of the blocks, which users may have set to evaluation mode.
-        self.training = module.training  # type: ignore[attr-defined]
+        self.training = module.training
 
     def _run(self, tensors: Tuple[Tensor, ...]) -> Tuple[object, object]:
         """Run all blocks; return the output of the last one and the batch."""
-        module: Any = self._host[0]
+        module = self._host[0]
         batch = self._layout.rebuild(tensors)
         with every_block_called(module):
             output = module.stage_forward(module.pipeline_blocks(), None, batch)
@@ -114,7 +113,7 @@ class TracedNetwork(nn.Module):
     @contextmanager
     def _traced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Prepare the LightningModule for a trace within the context."""
-        module: Any = self._host[0]
+        module = self._host[0]
         # Tensors that it creates on self.device must be on the device of the batch.
         with on_device(module, tensors[0].device), refused_log(module), self._outside.lent_by(self):
             yield
@@ -124,7 +123,7 @@ class TrainingNetwork(TracedNetwork):
     """Tensors of a micro-batch in, and the factor of its loss if it has one; its loss out."""
 
     def __init__(
-        self, module: PipelineModule, layout: BatchLayout, weighted: bool, returns_output: bool
+        self, module: PipelinedModule, layout: BatchLayout, weighted: bool, returns_output: bool
     ) -> None:
         """Create the module.
 
@@ -164,7 +163,7 @@ class InferenceNetwork(TracedNetwork):
 
 
 @contextmanager
-def refused_log(module: Any) -> Iterator[None]:
+def refused_log(module: PipelinedModule) -> Iterator[None]:
     """Refuse `self.log` within the context, in which values have no content.
 
     Raises:
@@ -178,7 +177,7 @@ def refused_log(module: Any) -> Iterator[None]:
             "loss, output = self.run_loss(batch, return_output=True)."
         )
 
-    module.log = refuse
+    module.log = refuse  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -186,7 +185,7 @@ def refused_log(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def every_block_called(module: Any) -> Iterator[None]:
+def every_block_called(module: PipelinedModule) -> Iterator[None]:
     """Check that all blocks are called within the context: only called modules are placed.
 
     Raises:

@@ -14,12 +14,13 @@ from __future__ import annotations
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_ipu_bert.strategies.ipu.program.changes import check_groups
 from lightning_ipu_bert.strategies.ipu.program.outside import names_of_parameters
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
+from lightning_ipu_bert.strategies.pipelined import PipelinedModule
 from lightning_ipu_bert.strategies.update_hooks import around_update
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov")
@@ -100,7 +101,7 @@ def _hyperparameters(group: Mapping[str, Any]) -> Dict[str, object]:
 class IPUOptimizer:
     """The optimizers of a run: on the host, and on the IPUs."""
 
-    def __init__(self, host: Optimizer, module: nn.Module, options: OptimizerOptions) -> None:
+    def __init__(self, host: Optimizer, module: PipelinedModule, options: OptimizerOptions) -> None:
         """Create the PopTorch optimizer from that of the host.
 
         Args:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Dict, Iterator, List, Tuple
 
 from torch import Tensor, nn
 
 from lightning_ipu_bert.pipeline.blocks import block_of
+from lightning_ipu_bert.strategies.pipelined import PipelinedModule
 
 
 class OutsideTensors:
@@ -16,7 +17,7 @@ class OutsideTensors:
     While it is traced, they are on the IPUs, and the LightningModule must use those.
     """
 
-    def __init__(self, module: Any, network: nn.Module) -> None:
+    def __init__(self, module: PipelinedModule, network: nn.Module) -> None:
         """Register the tensors in a network.
 
         Args:
@@ -49,7 +50,7 @@ class OutsideTensors:
             yield
 
 
-def names_of_parameters(module: Any) -> Dict[int, str]:
+def names_of_parameters(module: PipelinedModule) -> Dict[int, str]:
     """Return the name of every parameter in a network, by id: in a block, if it has one there."""
     blocks = module.pipeline_blocks()
     names: Dict[int, str] = {}
@@ -74,7 +75,7 @@ def _parameters(module: nn.Module) -> Dict[str, Tensor]:
     return parameters
 
 
-def _buffers_outside_blocks(module: Any) -> Iterator[Tuple[nn.Module, str]]:
+def _buffers_outside_blocks(module: PipelinedModule) -> Iterator[Tuple[nn.Module, str]]:
     """Yield the buffers outside of blocks: the owning submodule and the name of the buffer."""
     inside = {
         id(part)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Callable, Dict, Optional
 
-from torch import nn
-
 from lightning_ipu_bert._compat.poptorch import unwrap
 from lightning_ipu_bert.strategies.ipu.program.changes import Modes
 from lightning_ipu_bert.strategies.ipu.program.compiled import CompiledProgram
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
+from lightning_ipu_bert.strategies.pipelined import PipelinedModule
 
 
 class WeightVersions:
@@ -54,7 +53,7 @@ class ProgramPair:
     Weights are copied only if they are stale.
     """
 
-    def __init__(self, module: nn.Module, ipus_together: int) -> None:
+    def __init__(self, module: PipelinedModule, ipus_together: int) -> None:
         """Create the pair without programs.
 
         Args:
