@@ -81,7 +81,9 @@ class Run:
             self.mesh, ranks.step_replicas, self.generators, self.load_all, self.load_buffers
         )
         self._first_callbacks = (ranks.step_replicas, self.hooks)
-        self.signals = signals_of_ranks(ranks.environment, device, ranks.end_at_once)
+        self.signals = signals_of_ranks(
+            ranks.environment, device, ranks.end_at_once, ranks.step_replicas.is_common_step
+        )
         self._has_all = False  # whether the module has the weights of all stages
         self.failed = False
         """Whether collectives are impossible because other ranks may be gone."""

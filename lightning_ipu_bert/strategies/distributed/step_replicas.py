@@ -51,6 +51,10 @@ class StepReplicas(Callback):
         """Whether the examples of the epoch are divided among replicas."""
         return self._in_epoch == self.everyone
 
+    def is_common_step(self) -> bool:
+        """Return whether all replicas run the current step, together or each on its own."""
+        return self._in_step == self.everyone or not self.is_divided
+
     def group_of(self, replicas: Replicas) -> dist.ProcessGroup:
         """Return the ranks of some replicas with the same stages; they must all call it."""
         if replicas not in self._groups:

@@ -65,7 +65,7 @@ class IPUExecutor:
         self.programs = ProgramPair(module, together)
         self.optimizer: Optional[IPUOptimizer] = None
         self.host_tensors: Optional[HostTensors] = None
-        """Weights and buffers on the host, since the training program was compiled."""
+        """Weights and buffers on the host, once a program is compiled."""
         self.random_state = random_state
         self.ran_in_step = False
         """Whether the current training step has updated the weights."""
@@ -178,7 +178,8 @@ class IPUExecutor:
         """Compile the training program for batches like this one."""
         assert self.optimizer is not None
         optimizer = self.optimizer
-        self.host_tensors = HostTensors(self.module)
+        self.host_tensors = self.host_tensors or HostTensors(self.module)
+        self.host_tensors.note_trained()
         program = self.programs.compile_training(
             lambda: self._compiler.training(
                 batch, partial(self._inputs, batch), optimizer.poptorch, returns_output
@@ -191,6 +192,7 @@ class IPUExecutor:
 
     def compile_inference(self, batch: object) -> CompiledProgram:
         """Compile the inference program for batches like this one, and the current modes."""
+        self.host_tensors = self.host_tensors or HostTensors(self.module)
         return self.programs.compile_inference(
             modes_of(self.module), lambda: self._compiler.inference(batch)
         )

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from poptorch.device import Error
+from poptorch.devices import Devices
 
 _LIBRARY = torch.library.Library("poptorch_standin", "DEF")
 for _name, _schema in (
@@ -183,7 +184,8 @@ class Graph:
         trace, recorder = _Trace(), _Recorder([*state.values(), *_leaves((args, kwargs))])
         _Trace.active = trace
         try:
-            with torch.enable_grad(), torch.random.fork_rng(devices=[]), recorder:
+            devices = Devices([*state.values(), *_tensors((args, kwargs))])
+            with torch.enable_grad(), torch.random.fork_rng(devices=[]), recorder, devices:
                 out = torch.func.functional_call(module, state, tuple(args), kwargs)
         finally:
             _Trace.active = None

@@ -115,6 +115,25 @@ def test_buffers_and_weights_that_are_changed_on_the_host_count(tmp_path):
         assert torch.allclose(found.state_dict()[name], value, atol=1e-4), name
 
 
+class Filling(Buffered):
+    def on_predict_batch_start(self, batch, batch_idx):
+        self.scale.fill_(1 + batch_idx)
+
+    def predict_step(self, batch, batch_idx):
+        return self.run_output(batch)
+
+    def stage_forward(self, blocks, hidden, batch):
+        hidden = super().stage_forward(blocks, hidden, batch)
+        return hidden * self.scale if "head" in blocks else hidden
+
+
+def test_buffers_that_are_changed_between_predictions_count(tmp_path):
+    module = Filling()
+    expected = plain_trainer(tmp_path).predict(module, loader(DATA, replicas=2))
+    found = ipu_trainer(tmp_path).predict(module, loader(DATA, replicas=2))
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
 class Changing(LanguageModel):
     """Changes something in its second epoch."""
 
@@ -132,6 +151,7 @@ class Changing(LanguageModel):
     def __init__(self):
         super().__init__(dropout=0.1)
         self.factor = 1.0
+        self.head.register_buffer("shift", torch.zeros(()))
 
 
 def set_rate(self):
@@ -154,7 +174,12 @@ def add_group(self):
     self.optimizers().add_param_group({"params": [nn.Parameter(torch.ones(2))]})
 
 
+def replace_buffer(self):
+    self.head.shift = torch.ones(())
+
+
 REFUSED = {
+    replace_buffer: r"head.shift was replaced by another tensor, which is not in the compiled",
     set_rate: r"layers.0.dropout.p has changed to 0.5, but the program was compiled with 0.1",
     set_factor: r"Changing.factor has changed to 2.0, but the program was compiled with 1.0",
     freeze: r"requires_grad of layers.0.* has changed to False",

@@ -22,6 +22,7 @@ def signals_of_ranks(
     environment: Optional[ClusterEnvironment],
     device: torch.device,
     end_at_once: Callable[[], None],
+    is_common_step: Callable[[], bool],
 ) -> SignalsBetweenSteps:
     """Return the callback that a pipeline strategy adds for the duration of a run.
 
@@ -29,6 +30,7 @@ def signals_of_ranks(
         environment: The cluster environment; SLURM defines the signal before the end of a job.
         device: Device of the collectives.
         end_at_once: Called by a second Ctrl-C.
+        is_common_step: Whether all ranks run the current step of an evaluation.
     """
 
     def agree(seen: List[bool]) -> List[bool]:
@@ -37,7 +39,8 @@ def signals_of_ranks(
         return [bool(vote) for vote in votes.tolist()]
 
     numbers = [signal.SIGINT, *_signals_of_lightning(environment)]
-    return SignalsBetweenSteps(end_at_once, numbers, agree, print_hint=dist.get_rank() == 0)
+    print_hint = dist.get_rank() == 0
+    return SignalsBetweenSteps(end_at_once, numbers, agree, print_hint, is_common_step)
 
 
 def _signals_of_lightning(environment: Optional[ClusterEnvironment]) -> List[int]:

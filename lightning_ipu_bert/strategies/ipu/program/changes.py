@@ -91,20 +91,33 @@ class HostTensors:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """Note the tensors of a module.
+        """Note the tensors of a module, before a program is compiled.
 
         Args:
             module: The LightningModule.
         """
-        self._tensors: List[Tuple[str, Tensor]] = [
-            *module.named_parameters(),
-            *module.named_buffers(),
-        ]
-        self._trained = [plain_requires_grad(tensor) for _, tensor in self._tensors]
+        self._module = module
+        self._tensors = _tensors_of(module)
+        self._trained = self._flags()
         self._versions = self._current()
 
+    def note_trained(self) -> None:
+        """Note which parameters are trained, before the training program is compiled."""
+        self._trained = self._flags()
+
     def changed(self) -> bool:
-        """Return whether a tensor was modified in place since the last call."""
+        """Return whether a tensor was modified in place since the last call.
+
+        Raises:
+            UserError: If it was replaced by another one, which is not in the programs.
+        """
+        now = _tensors_of(self._module)
+        for name, tensor in self._tensors.items():
+            if now.get(name) is not tensor:
+                raise UserError(
+                    f"{name} was replaced by another tensor, which is not in the compiled program. "
+                    "Modify it in place, e.g. by copy_() or fill_()."
+                )
         before, self._versions = self._versions, self._current()
         return before != self._versions
 
@@ -114,8 +127,8 @@ class HostTensors:
         Raises:
             UserError: If `requires_grad` of one has changed.
         """
-        for (name, tensor), before in zip(self._tensors, self._trained):
-            if plain_requires_grad(tensor) != before:
+        for name, now, before in zip(self._tensors, self._flags(), self._trained):
+            if now != before:
                 raise UserError(
                     f"requires_grad of {name} has changed to {not before}, but the training "
                     f"program was compiled with {before}. Freeze and unfreeze parameters before "
@@ -123,7 +136,14 @@ class HostTensors:
                 )
 
     def _current(self) -> List[int]:
-        return [plain_version(tensor) for _, tensor in self._tensors]
+        return [plain_version(tensor) for tensor in self._tensors.values()]
+
+    def _flags(self) -> List[bool]:
+        return [plain_requires_grad(tensor) for tensor in self._tensors.values()]
+
+
+def _tensors_of(module: nn.Module) -> Dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def check_groups(before: Sequence[int], now: Sequence[int]) -> None:

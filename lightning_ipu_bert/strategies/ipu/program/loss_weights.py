@@ -11,6 +11,7 @@ from typing import List, Optional, Sequence
 import torch
 from torch import Tensor
 
+from lightning_ipu_bert._compat.torch import without_torch_function
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.examples import split_batch
 from lightning_ipu_bert.pipeline.batches import BatchAlgebra
@@ -48,7 +49,8 @@ class LossWeights:
         count = self.batches.micro_batches_per_call
         size = len(tensors[0]) // count
         parts = split_batch(batch, len(tensors[0]), size)
-        weights = torch.tensor([float(self.module.batch_weight(part)) for part in parts])
+        with without_torch_function():  # buffers of PopTorch would fetch all weights
+            weights = torch.tensor([float(self.module.batch_weight(part)) for part in parts])
         per_update = weights.reshape(self.batches.device_iterations, -1)
         totals = per_update.sum(1, keepdim=True)
         means = torch.where(totals > 0, totals / per_update.shape[1], torch.ones(1))
