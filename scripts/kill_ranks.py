@@ -24,6 +24,8 @@ import tests_path  # noqa: F401
 from jobs import PHASES, Kill, kill_once, train_unharmed
 from tqdm import tqdm
 
+import lightning_ipu_bert  # noqa: F401  # what forked runs share
+
 SIGNALS, LAYOUTS = ("SIGKILL", "SIGTERM", "SIGINT"), ("2x1", "2x2", "1x3")
 Results = Dict[str, List[str]]
 """What happened, by signal and layout."""

@@ -39,6 +39,14 @@ def quiet(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("XDG_CACHE_HOME", str(_shared(tmp_path_factory) / "xdg"))
 
 
+@pytest.fixture
+def short_grace(monkeypatch):
+    """Ranks that lose a connection report it soon, in tests where another one fails at once."""
+    from lightning_ipu_bert.strategies.distributed.launch import failure
+
+    monkeypatch.setattr(failure, "GRACE_SECONDS", 1.0)
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
     """A cache that the tests share.

@@ -90,6 +90,7 @@ class LoggingMetric(Project):
         return super().pipeline_loss(output, batch)
 
 
+@pytest.mark.usefixtures("short_grace")
 def test_a_metric_in_the_loss_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(AssertionError, match=r"UserError: .*run_loss\(batch, return_output=True\)"):
         run_ranks(2, fit_metric, tmp_path)

@@ -91,8 +91,16 @@ def module_of(kind):
     return type("Optimized", (Optimized,), {"kind": kind})
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("plan", ["2x1", "2x2", "sharded", "offchip"])
+SOME = ("AdamW", "Adagrad", "MarkedSigns", "Normed", "Adafactor")
+CASES = [
+    (plan, kind)
+    for plan in ("2x1", "2x2", "sharded", "offchip")
+    for kind in OPTIMIZERS
+    if plan == "sharded" or kind in SOME
+]
+
+
+@pytest.mark.parametrize(("plan", "kind"), CASES)
 def test_optimizers_train_and_resume_as_in_one_process(plan, kind, tmp_path):
     make = module_of(kind)
     losses, expected, _ = fit("auto", tmp_path, make, max_epochs=2)
@@ -153,6 +161,7 @@ class LineSearching(Project):
         return optim.LBFGS(self.parameters())
 
 
+@pytest.mark.usefixtures("short_grace")
 def test_lbfgs_is_refused(tmp_path):
     with pytest.raises(AssertionError, match="LBFGS runs several forwards per update"):
         fit_ranks("2x1", tmp_path, LineSearching)

@@ -131,6 +131,7 @@ def fit_wrong(kind, folder):
 
 
 @pytest.mark.parametrize("kind", [Calling, Penalizing, PenalizingByNorm, Validating])
+@pytest.mark.usefixtures("short_grace")
 def test_steps_that_need_other_stages_are_refused_and_named(kind, tmp_path):
     with pytest.raises(AssertionError, match=r"UserError: The parameter layers.*self.run_output"):
         run_ranks(2, fit_wrong, kind, tmp_path)

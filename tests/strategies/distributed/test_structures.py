@@ -138,11 +138,17 @@ class Nothing(Hiding):
 KINDS = [Transposed, Chunked, Expanded, Named, OneTuple, Nested, InPlace, Nothing]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("plan", ["2x1", "2x2", "zero_bubble", "recomputed"])
+CASES = [
+    (plan, kind)
+    for plan in ("2x1", "2x2", "zero_bubble", "recomputed")
+    for kind in KINDS
+    if (plan != "2x2" or kind in (Transposed, Named))
+    and (plan, kind) != ("zero_bubble", Nothing)  # whose second stage has no input to split for
+]
+
+
+@pytest.mark.parametrize(("plan", "kind"), CASES)
 def test_hidden_states_of_any_structure_train_as_in_one_process(plan, kind, tmp_path):
-    if (plan, kind) == ("zero_bubble", Nothing):
-        pytest.skip("nothing to split: the second stage has no input")
     losses, expected, _ = fit("auto", tmp_path, kind)
     for found, state, _ in fit_ranks(plan, tmp_path, kind):
         assert found == pytest.approx(losses, rel=1e-5)
@@ -172,6 +178,7 @@ class Custom(Hiding):
         (Custom, "returns an object of type object, which cannot be sent"),
     ],
 )
+@pytest.mark.usefixtures("short_grace")
 def test_hidden_states_that_the_next_stage_cannot_have_are_refused(kind, message, tmp_path):
     with pytest.raises(AssertionError, match=f"UserError: .*{message}"):
         fit_ranks("2x1", tmp_path, kind)
