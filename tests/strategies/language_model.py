@@ -26,7 +26,9 @@ class LanguageModel(PipelineModule, pl.LightningModule):
         return ["embed", *(f"layers.{i}" for i in range(len(self.layers))), "head"]
 
     def stage_forward(self, blocks, hidden, batch):
-        mask = nn.Transformer.generate_square_subsequent_mask(batch["tokens"].shape[1] - 1)
+        mask = nn.Transformer.generate_square_subsequent_mask(
+            batch["tokens"].shape[1] - 1, device=batch["tokens"].device
+        )
         for name in blocks:
             if name == "embed":
                 hidden = self.embed(batch["tokens"][:, :-1])
