@@ -16,7 +16,7 @@ from typing import (
     Tuple,
 )
 
-from lightning_ipu_bert.pipeline.rules import Violation
+from lightning_ipu_bert.pipeline.rules import Violation, nearest
 
 NUMBERED = re.compile(r"((?P<series>.*)\.)?(?P<number>\d+)")
 
@@ -32,6 +32,8 @@ class ModuleOutline(NamedTuple):
     """All names of every parameter, by its first name; tied parameters have several."""
     labels: Mapping[str, str]
     """Display names; see `PipelineModule.block_labels`."""
+    submodules: AbstractSet[str]
+    """Names of all submodules."""
 
     @property
     def blocks_of_parameter(self) -> Dict[str, AbstractSet[str]]:
@@ -61,6 +63,7 @@ def outline_of(module: Any) -> ModuleOutline:
         tuple(module.pipeline_blocks()),
         {names[0]: tuple(names) for names in names_by_id.values()},
         module.block_labels,
+        {name for name, _ in module.named_modules()},
     )
 
 
@@ -76,7 +79,7 @@ def series_of(block: str) -> Optional[str]:
 
 
 def block_rules(outline: ModuleOutline) -> Iterator[Violation]:
-    """Blocks must be distinct, and must not share parameters."""
+    """Blocks must be distinct submodules, and must not share parameters."""
     name, blocks = outline.name, outline.blocks
     duplicates = sorted({block for block in blocks if blocks.count(block) > 1})
     if duplicates or not blocks:
@@ -87,6 +90,15 @@ def block_rules(outline: ModuleOutline) -> Iterator[Violation]:
             "Return every block once, in forward order.",
         )
         return
+    for block in blocks:
+        if block not in outline.submodules:
+            close = nearest(block, outline.submodules)
+            yield Violation(
+                f"{name}.pipeline_blocks()",
+                None,
+                f"returns {block!r}, which is not a submodule",
+                f"Did you mean {close!r}?",
+            )
     for names in outline.names_of_parameter.values():
         if len(outline.owners(names)) > 1:
             tied = [parameter for parameter in names if block_of(parameter, blocks)]

@@ -4,8 +4,9 @@ from hypothesis import strategies as st
 
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.pipeline.batches import BatchAlgebra
-from lightning_ipu_bert.pipeline.blocks import ModuleOutline
+from lightning_ipu_bert.pipeline.blocks import ModuleOutline, block_rules
 from lightning_ipu_bert.pipeline.plan import PipelineShape, find_layers, partition, resolve
+from lightning_ipu_bert.pipeline.rules import enforce
 from lightning_ipu_bert.pipeline.table import device_allocation
 
 
@@ -102,11 +103,18 @@ def test_wrong_numbers_are_named_with_the_way_out(layers_per_stage, parts):
 
 def outline(layers, *tied):
     """BERT with a weight in every block, and names that share one parameter."""
-    names = [f"{block}.weight" for block in bert(layers)]
+    blocks = tuple(bert(layers))
+    names = [f"{block}.weight" for block in blocks]
     free = {name: (name,) for name in names if name not in tied}
-    return ModuleOutline(
-        "Model", tuple(bert(layers)), {**free, **({tied[0]: tied} if tied else {})}, {}
-    )
+    parameters = {**free, **({tied[0]: tied} if tied else {})}
+    return ModuleOutline("Model", blocks, parameters, {}, frozenset(blocks))
+
+
+def test_a_misspelled_block_is_named():
+    names = outline(2)
+    wrong = names._replace(blocks=(*names.blocks[:-1], "qa_output"))
+    with pytest.raises(UserError, match=r"returns 'qa_output', which .* mean 'qa_outputs'\?"):
+        enforce(block_rules(wrong))
 
 
 def shape(layers_per_stage, steps=4, replicas=1, **changes):

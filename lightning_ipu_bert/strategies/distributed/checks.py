@@ -128,11 +128,12 @@ def is_created_later(module: LightningModule) -> bool:
     if not is_overridden("configure_model", module):
         return False
     try:
-        for name in module.pipeline_blocks():  # type: ignore[operator]
-            module.get_submodule(name)
-    except Exception:  # of any kind: the methods of an incomplete module may fail
+        outline = outline_of(module)
+    except Exception:
+        # Of any kind: the methods of an incomplete module may fail. If it is not incomplete, they
+        # fail again when the plan is resolved, and nothing is lost.
         return True
-    return False
+    return not set(outline.blocks) <= outline.submodules
 
 
 def tunes_batch_size(trainer: Trainer) -> bool:
