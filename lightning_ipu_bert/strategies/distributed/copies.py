@@ -5,9 +5,11 @@ from __future__ import annotations
 import weakref
 from typing import Dict, Iterable, List, Set
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_ipu_bert.batch_trees import Path, paths_of, with_leaves
 
@@ -51,16 +53,35 @@ class ModelCopies:
         return [model for i, model in models.items() if i in everywhere and model is not None]
 
 
-def copies_in(callbacks: Iterable[object], module: nn.Module) -> List[nn.Module]:
+def copies_in(callbacks: Iterable[object], module: nn.Module, resumes: bool) -> List[nn.Module]:
     """Return the copies of a module that callbacks have made before the run, e.g. in `setup`.
+
+    Another model of the same class, such as a teacher, is not a copy: it has other weights.
 
     Args:
         callbacks: The callbacks, whose attributes may be modules that contain a copy.
         module: The module.
+        resumes: Whether copies may have other weights, from a checkpoint.
     """
-    values = (value for callback in callbacks for value in vars(callback).values())
-    parts = (part for v in values if isinstance(v, nn.Module) for part in v.modules())
-    return [part for part in parts if type(part) is type(module) and part is not module]
+    values = [value for callback in callbacks for value in vars(callback).values()]
+    return [
+        part
+        for value in values
+        if isinstance(value, nn.Module)
+        for part in value.modules()
+        if part is not module
+        and type(part) is type(module)
+        and _is_alike(part, module, resumes or isinstance(value, AveragedModel))
+    ]
+
+
+def _is_alike(one: nn.Module, other: nn.Module, shapes_only: bool) -> bool:
+    """Return whether two models have the same parameters."""
+    own, others = dict(one.named_parameters()), dict(other.named_parameters())
+    shapes = ({name: p.shape for name, p in named.items()} for named in (own, others))
+    if next(shapes) != next(shapes):
+        return False
+    return shapes_only or all(torch.equal(p, others[name]) for name, p in own.items())
 
 
 def completed(checkpoint: Dict[str, object], group: dist.ProcessGroup) -> Dict[str, object]:

@@ -91,7 +91,8 @@ class Run:
     def place(self, precision: Precision) -> None:
         """Keep the parameters of this rank, move them to the device, and create the executor."""
         assert isinstance(precision, GlobalNorm)
-        for copy in copies_in(callbacks_of(self.trainer), self.module):
+        resumes = self.trainer.ckpt_path is not None
+        for copy in copies_in(callbacks_of(self.trainer), self.module, resumes):
             self.copies.add(copy)
             self.weights.drop_others(copy)
             weights.broadcast_parameters(copy, self.mesh.replica_group)

@@ -199,6 +199,30 @@ def test_averages_of_other_callbacks_are_those_of_one_process(plan, tmp_path):
     assert_close([other["shadow"]], one["shadow"])
 
 
+class Teaching(pl.Callback):
+    """Keeps another model of the same class, which is not a copy."""
+
+    def __init__(self):
+        self.teacher = Project()
+        nn.init.ones_(self.teacher.layers[0].weight)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        output = self.teacher.stage_forward(self.teacher.pipeline_blocks(), None, batch)
+        assert output.shape == (len(batch["x"]), 3)
+
+
+@pytest.mark.parametrize("plan", ["2x1", "1x2"])
+def test_another_model_of_the_class_is_no_copy(plan, tmp_path):
+    def taught(module):
+        (callback,) = (c for c in module.trainer.callbacks if isinstance(c, Teaching))
+        return parameters_of(callback.teacher)
+
+    _, _, expected = fit("auto", tmp_path, Project, None, taught, callbacks=[Teaching()])
+    runs = fit_ranks(plan, tmp_path, Project, None, taught, callbacks=[Teaching()])
+    assert_close([state for _, _, state in runs], expected)
+
+
 def pickled(name, folder):
     import pickle
 
