@@ -28,6 +28,7 @@ class Boundaries:
     ) -> None:
         """Create the boundaries of an executor, which are found on first use."""
         self.model = model
+        self.parameters = list(model.parameters())
         self.stages = {stage.index: stage for stage in stages}
         self.plan = plan
         self.mesh = mesh
@@ -38,7 +39,7 @@ class Boundaries:
         """Return what the shapes depend on, the same on all ranks."""
         trained: Tuple[bool, ...] = ()
         if training:
-            trained = tuple(parameter.requires_grad for parameter in self.model.parameters())
+            trained = tuple(parameter.requires_grad for parameter in self.parameters)
         return trained, training, shape_key(micro_batch)
 
     def of(self, micro_batch: object, training: bool) -> List[HiddenStates]:

@@ -185,9 +185,9 @@ class TorchPipelineExecutor:
     def _everywhere(self, call: ScheduleCall, micro_batches: MicroBatches, batch: object) -> object:
         """Return the output for the batch on every rank of the replica."""
         last = [stage for stage in self.stages if stage.is_last]
-        other = of_other_size(micro_batches, batch, self._entries)
 
         def other_output() -> object:
+            other = of_other_size(micro_batches, batch, self._entries)
             self.boundaries.of(other, training=False)
             return self.boundaries.output(last[0], other) if last else None
 

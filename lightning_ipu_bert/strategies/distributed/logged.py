@@ -46,7 +46,7 @@ class LoggedValues:
         """Create an object without values.
 
         Args:
-            call: The call, which knows the current micro-batch.
+            call: The call, with its current micro-batch.
         """
         self._call = call
         self._entries: List[Entry] = []

@@ -43,7 +43,7 @@ class Constants:
     """Attributes that are constants of a program, with their values when it was compiled."""
 
     def __init__(self, module: PipelinedModule) -> None:
-        """Create the object, which knows no values yet.
+        """Create the object, without values before a trace.
 
         Args:
             module: The LightningModule.
