@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ipu_bert._compat.loaders import indices_drawn, iterated_by_a_loop, sampler_of
 from lightning_ipu_bert.errors import UserError
-from lightning_ipu_bert.strategies.distributed import messages
+from lightning_ipu_bert.strategies.distributed import messages, shared_reading
 from lightning_ipu_bert.strategies.distributed.lengths import (
     evaluates_together,
     length_of_loop,
@@ -40,7 +40,6 @@ from lightning_ipu_bert.strategies.distributed.lengths import (
 )
 from lightning_ipu_bert.strategies.distributed.loaders import ReplicaShare, check_examples
 from lightning_ipu_bert.strategies.distributed.mesh import Mesh
-from lightning_ipu_bert.strategies.distributed.shared_reading import SharedReading
 from lightning_ipu_bert.strategies.distributed.step_replicas import Replicas, StepReplicas
 from lightning_ipu_bert.training.random_states import GeneratorStates, seed_generators
 
@@ -176,11 +175,14 @@ class ReplicaReader:
             self._order_seed = int(seed)
         iterator = read()
         self._send(Message(GeneratorStates.current()))
-        shared = SharedReading(self.mesh, self.device, self.replicas)
+        replicas, device = self.replicas, self.device
         if stage == RunningStage.TRAINING:
-            return self._read(loader, shared.of_training(self._resumed(iterator)))
-        together = evaluates_together(stage)
-        return self._read(loader, shared.of_evaluation(iterator, together, self._divides))
+            batches = shared_reading.training_batches(self._resumed(iterator), replicas, device)
+        else:
+            batches = shared_reading.evaluation_batches(
+                iterator, replicas, device, evaluates_together(stage), self._divides
+            )
+        return self._read(loader, batches)
 
     def _resumed(self, iterator: Iterator[object]) -> Iterator[object]:
         """Yield batches, the first one with the random states from which a run resumes."""

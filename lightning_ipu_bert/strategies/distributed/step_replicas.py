@@ -32,7 +32,7 @@ class StepReplicas(Callback):
             timeout: Timeout of communication.
         """
         self._timeout = timeout
-        self._mesh = mesh
+        self.mesh = mesh
         self.everyone: Replicas = tuple(range(dist.get_world_size(mesh.replica_group)))
         self._groups: Dict[Replicas, dist.ProcessGroup] = {self.everyone: mesh.replica_group}
         self._in_epoch = self.everyone
@@ -58,8 +58,8 @@ class StepReplicas(Callback):
     def group_of(self, replicas: Replicas) -> dist.ProcessGroup:
         """Return the ranks of some replicas with the same stages; they must all call it."""
         if replicas not in self._groups:
-            ranks_per_replica = dist.get_world_size(self._mesh.pipeline_group)
-            ranks = [replica * ranks_per_replica + self._mesh.pipeline_rank for replica in replicas]
+            ranks_per_replica = dist.get_world_size(self.mesh.pipeline_group)
+            ranks = [replica * ranks_per_replica + self.mesh.pipeline_rank for replica in replicas]
             self._groups[replicas] = dist.new_group(
                 ranks, self._timeout, use_local_synchronization=True
             )
@@ -67,7 +67,7 @@ class StepReplicas(Callback):
 
     def evaluate_alone(self) -> None:
         """Run all steps of this epoch on every replica, without the others."""
-        self._in_epoch = self._in_step = (self._mesh.replica,)
+        self._in_epoch = self._in_step = (self.mesh.replica,)
 
     def read(self, replicas: Replicas) -> None:
         """Note which replicas run the step of the batch that was just read."""
