@@ -4,6 +4,7 @@ import warnings
 from functools import partial
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from model_helpers import make_trainer, ordered_loader
 from ranks import run_ranks
@@ -138,3 +139,10 @@ def assert_close(states, expected):
         assert list(state) == list(expected)
         for key, value in state.items():
             torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=key)
+
+
+def assert_alike(runs, expected, rel=1e-5):
+    """Compare the losses and weights of all ranks with those of one process; see `fit`."""
+    for losses, state, _ in runs:
+        assert losses == pytest.approx(expected[0], rel=rel)
+        assert_close([state], expected[1])

@@ -6,7 +6,16 @@ from typing import NamedTuple
 import pytest
 import torch
 from model_helpers import make_trainer, needs_pipelining
-from projects import BATCH, PLANS, Project, assert_close, fit, fit_ranks, loader_of, table
+from projects import (
+    BATCH,
+    PLANS,
+    Project,
+    assert_alike,
+    fit,
+    fit_ranks,
+    loader_of,
+    table,
+)
 from ranks import run_ranks
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
@@ -149,10 +158,7 @@ CASES = [
 
 @pytest.mark.parametrize(("plan", "kind"), CASES)
 def test_hidden_states_of_any_structure_train_as_in_one_process(plan, kind, tmp_path):
-    losses, expected, _ = fit("auto", tmp_path, kind)
-    for found, state, _ in fit_ranks(plan, tmp_path, kind):
-        assert found == pytest.approx(losses, rel=1e-5)
-        assert_close([state], expected)
+    assert_alike(fit_ranks(plan, tmp_path, kind), fit("auto", tmp_path, kind))
 
 
 class Changing(Hiding):
@@ -347,13 +353,11 @@ def fit_collated(name, folder, collator):
     module.collator, module.examples = collator, table(28)  # the last batch is ragged
     trainer = make_trainer(folder, plan=PLANS.get(name), max_epochs=1)
     trainer.fit(module)
-    return module.losses, {key: value.clone() for key, value in module.state_dict().items()}
+    return module.losses, {key: value.clone() for key, value in module.state_dict().items()}, None
 
 
 @pytest.mark.parametrize("collator", COLLATORS)
 @pytest.mark.parametrize("plan", SPLIT)
 def test_batches_of_any_structure_train_as_in_one_process(plan, collator, tmp_path):
-    losses, expected = fit_collated("auto", tmp_path, collator)
-    for found, state in run_ranks(2 * int(plan[-1]), fit_collated, plan, tmp_path, collator):
-        assert found == pytest.approx(losses, rel=1e-5)
-        assert_close([state], expected)
+    runs = run_ranks(2 * int(plan[-1]), fit_collated, plan, tmp_path, collator)
+    assert_alike(runs, fit_collated("auto", tmp_path, collator))
