@@ -128,7 +128,7 @@ def bert_dir():
 
 def pytest_configure(config):
     """Import Lightning; begin files in the order of the items, not with those of most tests."""
-    if config.option.dist == "no":  # not in a process that only hands out tests
+    if config.getoption("dist", "no") == "no":  # not in a process that only hands out tests
         # Before pytest listens to logs, or Lightning would print none, also not in forks.
         import lightning.pytorch  # noqa: F401
     if hasattr(config.option, "loadscopereorder"):

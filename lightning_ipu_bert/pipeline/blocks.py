@@ -63,7 +63,7 @@ def outline_of(module: Any) -> ModuleOutline:
         tuple(module.pipeline_blocks()),
         {names[0]: tuple(names) for names in names_by_id.values()},
         module.block_labels,
-        {name for name, _ in module.named_modules()},
+        {name for name, _ in module.named_modules(remove_duplicate=False)},
     )
 
 

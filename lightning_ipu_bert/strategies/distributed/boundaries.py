@@ -16,6 +16,7 @@ from lightning_ipu_bert.pipeline.schedules import SCHEDULES
 from lightning_ipu_bert.strategies.distributed.hidden_states import HiddenStates
 from lightning_ipu_bert.strategies.distributed.logged import unlogged
 from lightning_ipu_bert.strategies.distributed.mesh import Mesh
+from lightning_ipu_bert.strategies.distributed.recomputation import BuffersUnchanged
 from lightning_ipu_bert.strategies.distributed.split_backward import why_not_split
 from lightning_ipu_bert.strategies.distributed.stage import ScheduleCall, Stage
 
@@ -95,14 +96,18 @@ class Boundaries:
     def _dry_run(
         self, stage: Stage, micro_batch: object, found: Sequence[HiddenStates]
     ) -> Iterator[Stage]:
-        """Let a stage run on a micro-batch in evaluation mode; restore random states and modes."""
+        """Let a stage run on a micro-batch in evaluation mode, without a trace.
+
+        Random states, modes and buffers are restored.
+        """
         modes = {module: module.training for module in stage.modules()}
         call = ScheduleCall([micro_batch], found, loss_weights=[1.0])
         devices = [self.device] if self.device.type != "cpu" else []
         stage.eval()
         try:
-            with torch.random.fork_rng(devices), stage.in_call(call), unlogged(self.model):
-                yield stage
+            with torch.random.fork_rng(devices), BuffersUnchanged(stage):
+                with stage.in_call(call), unlogged(self.model):
+                    yield stage
         finally:
             for module, training in modes.items():
                 module.training = training

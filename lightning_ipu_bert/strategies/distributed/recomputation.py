@@ -69,14 +69,14 @@ def copied(value: object) -> object:
 
 
 class BuffersUnchanged:
-    """Context that runs a layer on copies of its buffers.
+    """Context that runs a layer or stage on copies of its buffers.
 
     The recomputation of BatchNorm must not update its statistics again. Copies, because the graph
     of the first run may hold the buffers themselves. A split backward enters it twice.
     """
 
     def __init__(self, layer: nn.Module) -> None:
-        """Create the context for a layer."""
+        """Create the context for a layer or stage."""
         self._owners = [part for part in layer.modules() if list(part.buffers(recurse=False))]
         self._kept: List[Dict[str, Tensor]] = []
 

@@ -7,7 +7,7 @@ names and indices of the full model. This module makes checkpoints layout-indepe
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterator, List, Mapping, Set
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Sequence, Set, Tuple
 
 import torch
 import torch.distributed as dist
@@ -68,41 +68,67 @@ class StageWeights:
 
     def _own_entries(self, module: nn.Module, state: Mapping[str, object]) -> Iterator[str]:
         """Yield the entries of a state dict with values of this rank, under whatever name."""
-        tensors = [*module.named_parameters(), *module.named_buffers()]
-        names = {tensor.data_ptr(): name for name, tensor in tensors if not tensor.is_meta}
+        tensors = list(_tensors(module))
+        entries = {tensor.data_ptr(): name for name, tensor in tensors if not tensor.is_meta}
         known = {name for name, _ in tensors}
+        names = _all_names(module)
         for entry, value in state.items():
             name = entry
             if isinstance(value, Tensor) and entry not in known and not value.is_meta:
-                name = names.get(value.data_ptr(), entry)
+                name = entries.get(value.data_ptr(), entry)
             derived = isinstance(value, Tensor) and name not in known and not value.is_meta
-            if derived or self.is_here(name):
+            if derived or self._any_is_here(names.get(name, [name])):
                 yield entry
 
     def load_all(self, module: nn.Module) -> None:
         """Load the weights of all stages into the module; all ranks of the replica must call it."""
         contents: Dict[str, object] = {**dict(module.named_parameters()), **_extra_states(module)}
-        self._load(module, {**contents, **dict(module.named_buffers())})
+        self._load(module, {**contents, **dict(_buffers(module))})
 
     def load_buffers(self, module: nn.Module) -> None:
         """Load the buffers of all stages into the module; all ranks of the replica must call it."""
-        self._load(module, dict(module.named_buffers()))
+        self._load(module, dict(_buffers(module)))
+
+    def _any_is_here(self, names: Iterable[str]) -> bool:
+        return any(map(self.is_here, names))
 
     def _load(self, module: nn.Module, contents: Mapping[str, object]) -> None:
-        own = {name: _on_cpu(value) for name, value in contents.items() if self.is_here(name)}
+        names = _all_names(module)
+        here = {name for name in contents if self._any_is_here(names.get(name, [name]))}
+        own = {name: _on_cpu(contents[name]) for name in here}
         parts: List[State] = [{}] * dist.get_world_size(self._group)
         dist.all_gather_object(parts, own, group=self._group)
         for name, value in ((n, v) for part in parts for n, v in part.items() if n not in own):
             _set(module, name, value)
 
 
+def _buffers(module: nn.Module) -> Iterator[Tuple[str, Tensor]]:
+    """Yield the buffers under all their names: the first one may be outside of all blocks."""
+    return module.named_buffers(remove_duplicate=False)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from _buffers(module)
+
+
+def _parts_with_extra_state(module: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
+    """Yield the submodules that have an extra state, by its names in a state dict."""
+    for name, part in module.named_modules(remove_duplicate=False):
+        if type(part).get_extra_state is not nn.Module.get_extra_state:
+            yield f"{name}.{EXTRA}", part
+
+
 def _extra_states(module: nn.Module) -> Dict[str, object]:
-    """Return the extra states of submodules, by the names of a state dict."""
-    return {
-        f"{name}.{EXTRA}": part.get_extra_state()
-        for name, part in module.named_modules()
-        if type(part).get_extra_state is not nn.Module.get_extra_state
-    }
+    return {name: part.get_extra_state() for name, part in _parts_with_extra_state(module)}
+
+
+def _all_names(module: nn.Module) -> Dict[str, Sequence[str]]:
+    """Return all names of what each entry of a state dict holds, by each of them."""
+    names_by_id: Dict[int, List[str]] = {}
+    for name, thing in (*_tensors(module), *_parts_with_extra_state(module)):
+        names_by_id.setdefault(id(thing), []).append(name)
+    return {name: names for names in names_by_id.values() for name in names}
 
 
 def _set(module: nn.Module, name: str, value: Any) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 from model_helpers import needs_pipelining
-from projects import PLANS, Project, assert_alike, fit, fit_ranks
+from projects import PLANS, Project, assert_alike, assert_close, fit, fit_ranks
 from torch import nn
 
 pytestmark = [pytest.mark.slow, needs_pipelining]
@@ -28,6 +28,36 @@ class Aliased(Project):
     def __init__(self):
         super().__init__()
         self.shared = self.layers[0]
+
+
+class Adding(nn.Linear):
+    """Adds up what it is given, in a buffer and in an extra state."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("total", torch.zeros(()))
+        self.seen = torch.zeros(())
+
+    def forward(self, x):
+        self.total += x.detach().abs().sum()
+        self.seen = self.total.clone()
+        return super().forward(x)
+
+    def get_extra_state(self):
+        return self.seen
+
+    def set_extra_state(self, state):
+        self.seen = state
+
+
+class AliasedFirst(Project):
+    """Names outside of all blocks, before and after those of blocks with more than parameters."""
+
+    def __init__(self):
+        super().__init__()
+        del self.layers
+        layers = nn.ModuleList([Adding(4, 6), Adding(6, 3)])
+        self.first, self.layers, self.last = layers[1], layers, layers[0]
 
 
 class TiedInside(Project):
@@ -170,6 +200,15 @@ KINDS = [
 def test_parameters_train_as_in_one_process(plan, kind, tmp_path):
     expected = fit("auto", tmp_path, kind, max_epochs=2)
     assert_alike(fit_ranks(plan, tmp_path, kind, max_epochs=2), expected)
+
+
+def test_buffers_and_extra_states_have_aliases(tmp_path):
+    expected = fit("auto", tmp_path, AliasedFirst)
+    saved = pl.callbacks.ModelCheckpoint(tmp_path / "saved", filename="last")
+    runs = fit_ranks("2x1", tmp_path, AliasedFirst, callbacks=[saved])
+    assert_alike(runs, expected)
+    checkpoint = torch.load(tmp_path / "saved" / "last.ckpt")
+    assert_close([checkpoint["state_dict"]], expected[1])
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
