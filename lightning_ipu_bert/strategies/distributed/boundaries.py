@@ -103,11 +103,11 @@ class Boundaries:
         modes = {module: module.training for module in stage.modules()}
         call = ScheduleCall([micro_batch], found, loss_weights=[1.0])
         devices = [self.device] if self.device.type != "cpu" else []
+        kept, unchanged = torch.random.fork_rng(devices), BuffersUnchanged(stage)
         stage.eval()
         try:
-            with torch.random.fork_rng(devices), BuffersUnchanged(stage):
-                with stage.in_call(call), unlogged(self.model):
-                    yield stage
+            with kept, unchanged, stage.in_call(call), unlogged(self.model):
+                yield stage
         finally:
             for module, training in modes.items():
                 module.training = training

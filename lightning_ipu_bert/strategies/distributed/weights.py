@@ -68,15 +68,14 @@ class StageWeights:
 
     def _own_entries(self, module: nn.Module, state: Mapping[str, object]) -> Iterator[str]:
         """Yield the entries of a state dict with values of this rank, under whatever name."""
-        tensors = list(_tensors(module))
-        entries = {tensor.data_ptr(): name for name, tensor in tensors if not tensor.is_meta}
-        known = {name for name, _ in tensors}
         names = _all_names(module)
+        tensors = [(name, x) for name, x in _tensors(module) if not x.is_meta]
+        entries = {tensor.data_ptr(): name for name, tensor in tensors}
         for entry, value in state.items():
             name = entry
-            if isinstance(value, Tensor) and entry not in known and not value.is_meta:
+            if isinstance(value, Tensor) and entry not in names and not value.is_meta:
                 name = entries.get(value.data_ptr(), entry)
-            derived = isinstance(value, Tensor) and name not in known and not value.is_meta
+            derived = isinstance(value, Tensor) and name not in names and not value.is_meta
             if derived or self._any_is_here(names.get(name, [name])):
                 yield entry
 
