@@ -6,12 +6,14 @@ Files are relative to https://github.com/pytorch/pytorch/tree/main.
   remain. No public API in 2.13.
 - `Module._compiled_call_impl` (torch/nn/modules/module.py), `torch._dynamo.OptimizedModule`
   (torch/_dynamo/eval_frame.py): how a compiled module is called. No public API in 2.13.
-- `Module._forward_pre_hooks` (torch/nn/modules/module.py): whether hooks were removed. No public
-  API in 2.13.
+- `Module._forward_pre_hooks` and the like, `_has_any_global_hook` (torch/nn/modules/module.py):
+  whether hooks are registered or were removed. No public API in 2.13.
 - `Tensor._backward_hooks`, `_post_accumulate_grad_hooks` (torch/_tensor.py): whether hooks are
   registered. No public API in 2.13.
 - `torch._C.DisableTorchFunction` (torch/csrc (docs: "Extending PyTorch")): PopTorch's parameters
   are a subclass of Tensor. Ends with the SDK stack.
+- `aten._softmax_backward_data`, `gelu_backward`, `native_layer_norm_backward`
+  (aten/src/ATen/native/native_functions.yaml): operators that have no public function in 2.13.
 - `stage_backward_input`, `stage_backward_weight` (torch/distributed/pipelining/_backward.py): the
   split backward of schedules, tried before a run. No public API in 2.13.
 - `_get_default_store` (torch/distributed/distributed_c10d.py): messages that no
@@ -25,13 +27,17 @@ import inspect
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
-from typing import Any, Callable, Iterator, List
+from functools import lru_cache, partial
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+@lru_cache(maxsize=None)
 def has_pipelining() -> bool:
     """Return whether torch supports pipelining; torch 2.0 does not, and 2.4 lacks options.
 
@@ -154,6 +160,56 @@ def wait_for_keys(keys: List[str], key: str, value: str, seconds: float) -> List
     store.set(key, value)
     store.wait(keys, timedelta(seconds=seconds))
     return [store.get(name).decode() for name in keys]
+
+
+def runs_eagerly_on_cpu(tensor: Tensor) -> bool:
+    """Return whether what is done with a tensor is done now, on the CPU, and not traced.
+
+    False with torch 2.0, which lacks some of the operators of `ops`.
+    """
+    if not has_pipelining() or torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Return whether calling a module runs the forward of its class, and nothing else."""
+    own = vars(module)
+    hooks = any(own[name] for name in HOOKS)
+    return not (hooks or "forward" in own or is_compiled_in_place(module))
+
+
+def has_global_hooks() -> bool:
+    """Return whether hooks are registered that run with every module."""
+    function: Callable[[], bool] = _has_any_global_hook
+    return function()
+
+
+def cpu_autocast_dtype() -> Optional[torch.dtype]:
+    """Return the type of autocast on CPUs, or None if it is off."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+
+
+def softmax_backward(gradient: Tensor, output: Tensor) -> Tensor:
+    """Return the gradient of the input of a softmax over the last dimension."""
+    return torch._softmax_backward_data(gradient, output, -1, output.dtype)
+
+
+def gelu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of the input of GELU."""
+    result: Tensor = torch.ops.aten.gelu_backward(gradient, x)
+    return result
+
+
+def layer_norm_backward(
+    gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of the input, weight and bias of LayerNorm over the last dimension."""
+    function = torch.ops.aten.native_layer_norm_backward
+    dx, d_weight, d_bias = function(
+        gradient, x, weight.shape, mean, rstd, weight, bias, [True, True, True]
+    )
+    return dx, d_weight, d_bias
 
 
 BASE = vars(Tensor.__mro__[1])

@@ -8,7 +8,11 @@ Files are relative to https://github.com/huggingface/transformers/tree/main/src.
 
 from __future__ import annotations
 
+import transformers
 from transformers import BertConfig
+
+LAYERS_RETURN_TENSORS = int(transformers.__version__.split(".")[0]) >= 5
+"""Whether layers return their hidden states, and not a tuple of outputs."""
 
 
 def layer_output(output: object) -> object:
@@ -18,4 +22,9 @@ def layer_output(output: object) -> object:
 
 def takes_boolean_mask(config: BertConfig) -> bool:
     """Return whether the attention of a model takes a boolean mask instead of an additive one."""
-    return bool(config._attn_implementation == "sdpa")
+    return attention_of(config) == "sdpa"
+
+
+def attention_of(config: BertConfig) -> str:
+    """Return the name of the attention implementation."""
+    return str(config._attn_implementation)

@@ -19,6 +19,7 @@ from lightning_ipu_bert.data.tokenizer import tokenizer_from_files, tokenizer_to
 from lightning_ipu_bert.models.bert import SpanLogits, run_blocks, span_loss
 from lightning_ipu_bert.models.bert_network import architecture_of, build_network
 from lightning_ipu_bert.models.bert_settings import LABELS, BertSettings, bert_blocks, input_rules
+from lightning_ipu_bert.models.fast_bert import use_fast_layers
 from lightning_ipu_bert.models.squad_report import squad_report
 from lightning_ipu_bert.pipeline.facts import facts_of
 from lightning_ipu_bert.pipeline.progress import progress_rules
@@ -54,6 +55,7 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         lr_schedule: str = "linear",
         warmup_ratio: float = 0.0,
         warmup_steps: int = 0,
+        fast_layers: bool = True,
     ) -> None:
         """Create the network.
 
@@ -67,16 +69,20 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
                 constant.
             warmup_ratio: Fraction of all updates in which the learning rate increases from 0.
             warmup_steps: Number of warm-up updates; overrides warmup_ratio.
+            fast_layers: Whether layers run, on CPUs, with a forward and backward of this package;
+                false runs those of transformers.
 
         Raises:
             UserError: If no BERT can be created from the arguments, or a value is out of range.
         """
         super().__init__()
         enforce(learning_rate_rules(learning_rate, lr_schedule, warmup_ratio, warmup_steps))
-        self.save_hyperparameters(ignore=["config"])
+        self.save_hyperparameters(ignore=["config", "fast_layers"])
         network, self.has_trained_head = build_network(model_name_or_path, config)
         self.bert_config: BertConfig = network.config
         self.bert, self.qa_outputs = network.bert, network.qa_outputs
+        if fast_layers:
+            use_fast_layers(self.bert)
         # Plain values only: Lightning loads checkpoints with torch's weights_only.
         self.save_hyperparameters({"config": architecture_of(network.config) if config else None})
         self.tokenizer: Optional[PreTrainedTokenizerBase] = None

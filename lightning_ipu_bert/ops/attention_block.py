@@ -1,0 +1,136 @@
+"""The first half of a BERT layer: self-attention, projection, dropout, residual and LayerNorm."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from typing_extensions import override
+
+from lightning_ipu_bert.ops.attention import Weights, attend, attend_backward
+from lightning_ipu_bert.ops.parts import (
+    Normalization,
+    drop_add_norm,
+    drop_add_norm_backward,
+    linear_gradients,
+)
+
+
+class AttentionParameters(NamedTuple):
+    """Parameters of the block: D = heads * d, weights [D, D] and the others [D]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_bias: Tensor
+    key_bias: Tensor
+    value_bias: Tensor
+    output: Tensor
+    output_bias: Tensor
+    norm: Tensor
+    norm_bias: Tensor
+
+
+class AttentionSettings(NamedTuple):
+    """Settings of the block."""
+
+    heads: int
+    attention_dropout: float
+    """Rate of dropout of the attention probabilities; 0 in evaluation."""
+    hidden_dropout: float
+    """Rate of dropout of the output; 0 in evaluation."""
+    eps: float
+    """Of LayerNorm."""
+    dtype: torch.dtype
+    """Type of the products and of the output."""
+
+
+def attention_block(
+    hidden: Tensor,
+    bias: Optional[Tensor],
+    settings: AttentionSettings,
+    parameters: AttentionParameters,
+) -> Tensor:
+    """Return the output of the block.
+
+    Args:
+        hidden: [B, S, D]
+        bias: [B, 1, S], added to the scores of each key; None without.
+        settings: Settings.
+        parameters: Parameters.
+
+    Returns:
+        [B, S, D] in the type of the settings.
+
+    Source:
+        Devlin et al., BERT (arXiv:1810.04805), section 3.
+    """
+    function: Any = _AttentionBlock
+    output: Tensor = function.apply(hidden, bias, settings, *parameters)
+    return output
+
+
+class _AttentionBlock(Function):
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        bias: Optional[Tensor],
+        settings: AttentionSettings,
+        *tensors: Tensor,
+    ) -> Tensor:
+        p, dtype = AttentionParameters(*tensors), settings.dtype
+        batch, length, size = hidden.shape
+        with torch.autocast("cpu", enabled=False):
+            x = hidden.to(dtype).reshape(-1, size)
+            # One product for query, key and value: x is read once, [N, D] -> [N, 3 D].
+            w_qkv = torch.cat([p.query, p.key, p.value]).to(dtype)
+            b_qkv = torch.cat([p.query_bias, p.key_bias, p.value_bias]).to(dtype)
+            heads = (batch, length, 3, settings.heads, size // settings.heads)
+            qkv = torch.addmm(b_qkv, x, w_qkv.t()).view(heads).permute(2, 0, 3, 1, 4).contiguous()
+            qkv[0].mul_(heads[-1] ** -0.5)
+            q, k, v = qkv
+            context, weights = attend(q, k, v, bias, settings.attention_dropout)
+            context = context.transpose(1, 2).reshape(-1, size)  # [B, H, S, d] -> [N, D]
+            w_out = p.output.to(dtype)
+            output, normalization = drop_add_norm(
+                torch.addmm(p.output_bias.to(dtype), context, w_out.t()),
+                x,
+                p.norm,
+                p.norm_bias,
+                settings.eps,
+                settings.hidden_dropout,
+            )
+        ctx.settings, ctx.dtype = settings, hidden.dtype
+        saved = (x, w_qkv, qkv, context, w_out, p.norm, p.norm_bias, *normalization)
+        ctx.save_for_backward(*saved, *(tensor for chunk in weights for tensor in chunk))
+        return output.view(hidden.shape)
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tuple[Optional[Tensor], ...]:
+        settings, needed = ctx.settings, AttentionParameters(*ctx.needs_input_grad[3:])
+        x, w_qkv, qkv, context, w_out, norm, norm_bias, *rest = ctx.saved_tensors
+        normalization = Normalization(*rest[:4])
+        weights = [Weights(*rest[i : i + 2]) for i in range(4, len(rest), 2)]
+        _, batch, heads, length, head_size = qkv.shape
+        with torch.autocast("cpu", enabled=False):
+            g = gradient.to(settings.dtype).reshape(x.shape)
+            g, d_x, d_norm, d_norm_bias = drop_add_norm_backward(
+                g, normalization, norm, norm_bias, settings.hidden_dropout
+            )
+            d_output = linear_gradients(g, context, (needed.output, needed.output_bias))
+            g = (g @ w_out).view(batch, length, heads, head_size).transpose(1, 2).contiguous()
+            q, k, v = qkv
+            d_qkv = attend_backward(g, q, k, v, weights, settings.attention_dropout)
+            d_qkv[0].mul_(head_size**-0.5)
+            d_qkv = d_qkv.permute(1, 3, 0, 2, 4).reshape(len(x), -1)  # [3, B, H, S, d] -> [N, 3 D]
+            d_weight, d_bias = linear_gradients(d_qkv, x, needed[:6])
+            d_x = torch.addmm(d_x, d_qkv, w_qkv).view(gradient.shape).to(ctx.dtype)
+        parts = [x.chunk(3) if x is not None else (None,) * 3 for x in (d_weight, d_bias)]
+        return (d_x, None, None, *parts[0], *parts[1], *d_output, d_norm, d_norm_bias)

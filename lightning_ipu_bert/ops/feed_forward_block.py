@@ -1,0 +1,110 @@
+"""The second half of a BERT layer: two linear layers with GELU, dropout, residual and LayerNorm."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import gelu
+from typing_extensions import override
+
+from lightning_ipu_bert._compat.torch import gelu_backward
+from lightning_ipu_bert.ops.parts import (
+    Normalization,
+    drop_add_norm,
+    drop_add_norm_backward,
+    linear_gradients,
+)
+
+
+class FeedForwardParameters(NamedTuple):
+    """Parameters of the block."""
+
+    inner: Tensor
+    """[F, D]"""
+    inner_bias: Tensor
+    """[F]"""
+    output: Tensor
+    """[D, F]"""
+    output_bias: Tensor
+    """[D], as the others."""
+    norm: Tensor
+    norm_bias: Tensor
+
+
+class FeedForwardSettings(NamedTuple):
+    """Settings of the block."""
+
+    dropout: float
+    """Rate of dropout of the output; 0 in evaluation."""
+    eps: float
+    """Of LayerNorm."""
+    dtype: torch.dtype
+    """Type of the products and of the output."""
+
+
+def feed_forward_block(
+    hidden: Tensor, settings: FeedForwardSettings, parameters: FeedForwardParameters
+) -> Tensor:
+    """Return the output of the block.
+
+    Args:
+        hidden: [B, S, D]
+        settings: Settings.
+        parameters: Parameters.
+
+    Returns:
+        [B, S, D] in the type of the settings.
+
+    Source:
+        Devlin et al., BERT (arXiv:1810.04805), section 3.
+    """
+    function: Any = _FeedForwardBlock
+    output: Tensor = function.apply(hidden, settings, *parameters)
+    return output
+
+
+class _FeedForwardBlock(Function):
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, hidden: Tensor, settings: FeedForwardSettings, *tensors: Tensor
+    ) -> Tensor:
+        p, dtype = FeedForwardParameters(*tensors), settings.dtype
+        with torch.autocast("cpu", enabled=False):
+            x = hidden.to(dtype).reshape(-1, hidden.shape[-1])
+            w_inner, w_out = p.inner.to(dtype), p.output.to(dtype)
+            inner = torch.addmm(p.inner_bias.to(dtype), x, w_inner.t())  # [N, D] -> [N, F]
+            activation = gelu(inner)
+            output, normalization = drop_add_norm(
+                torch.addmm(p.output_bias.to(dtype), activation, w_out.t()),
+                x,
+                p.norm,
+                p.norm_bias,
+                settings.eps,
+                settings.dropout,
+            )
+        ctx.settings, ctx.dtype = settings, hidden.dtype
+        saved = (x, w_inner, inner, activation, w_out, p.norm, p.norm_bias)
+        ctx.save_for_backward(*saved, *normalization)
+        return output.view(hidden.shape)
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tuple[Optional[Tensor], ...]:
+        settings, needed = ctx.settings, FeedForwardParameters(*ctx.needs_input_grad[2:])
+        x, w_inner, inner, activation, w_out, norm, norm_bias, *normalization = ctx.saved_tensors
+        with torch.autocast("cpu", enabled=False):
+            g = gradient.to(settings.dtype).reshape(x.shape)
+            g, d_x, d_norm, d_norm_bias = drop_add_norm_backward(
+                g, Normalization(*normalization), norm, norm_bias, settings.dropout
+            )
+            d_output = linear_gradients(g, activation, (needed.output, needed.output_bias))
+            g = gelu_backward(g @ w_out, inner)
+            d_inner = linear_gradients(g, x, (needed.inner, needed.inner_bias))
+            d_x = torch.addmm(d_x, g, w_inner).view(gradient.shape).to(ctx.dtype)
+        return (d_x, None, *d_inner, *d_output, d_norm, d_norm_bias)
