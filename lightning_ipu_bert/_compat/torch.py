@@ -10,6 +10,8 @@ Files are relative to https://github.com/pytorch/pytorch/tree/main.
   whether hooks are registered or were removed. No public API in 2.13.
 - `Tensor._backward_hooks`, `_post_accumulate_grad_hooks` (torch/_tensor.py): whether hooks are
   registered. No public API in 2.13.
+- `torch._C._is_tracing` (torch/csrc/jit): whether torch.jit traces. The public
+  `torch.jit.is_tracing` is deprecated in 2.13.
 - `torch._C.DisableTorchFunction` (torch/csrc (docs: "Extending PyTorch")): PopTorch's parameters
   are a subclass of Tensor. Ends with the SDK stack.
 - `aten._softmax_backward_data`, `gelu_backward`, `native_layer_norm_backward`
@@ -27,7 +29,7 @@ import inspect
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
@@ -37,7 +39,10 @@ from torch.nn.modules.module import _has_any_global_hook
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-@lru_cache(maxsize=None)
+HAS_CPU_KERNELS = "get_autocast_dtype" in vars(torch)
+"""Whether torch has the operators of `ops` and fused optimizers on CPUs: from 2.4 on."""
+
+
 def has_pipelining() -> bool:
     """Return whether torch supports pipelining; torch 2.0 does not, and 2.4 lacks options.
 
@@ -163,11 +168,8 @@ def wait_for_keys(keys: List[str], key: str, value: str, seconds: float) -> List
 
 
 def runs_eagerly_on_cpu(tensor: Tensor) -> bool:
-    """Return whether what is done with a tensor is done now, on the CPU, and not traced.
-
-    False with torch 2.0, which lacks some of the operators of `ops`.
-    """
-    if not has_pipelining() or torch.compiler.is_compiling() or torch._C._is_tracing():
+    """Return whether what is done with a tensor is done now, on the CPU, and not traced."""
+    if not HAS_CPU_KERNELS or torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
 

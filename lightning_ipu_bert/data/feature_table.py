@@ -24,23 +24,29 @@ SCALARS = ("start_positions", "end_positions", "feature")
 class FeatureTable(Dataset[Dict[str, object]]):
     """A dataset of features; rows are dictionaries as in the `datasets.Dataset`."""
 
-    def __init__(self, features: datasets.Dataset) -> None:
+    def __init__(self, features: datasets.Dataset, longest_first: bool = False) -> None:
         """Read the columns that batches consist of.
 
         Args:
             features: From `feature_cache.cached_features`.
+            longest_first: Sort the rows by their number of tokens; otherwise they stay in order.
         """
         columns = {n: features.data.column(n).combine_chunks() for n in TOKENS + SCALARS}
         lengths = columns["input_ids"].value_lengths().to_numpy(zero_copy_only=False)
+        in_file: IntArray = np.asarray(lengths, np.int64)
         self.features = features
-        self.lengths: IntArray = np.asarray(lengths, np.int64)
-        """[F]: number of tokens of every feature."""
-        self.starts = starts_of(self.lengths)
-        """[F]: index of the first token of every feature."""
+        self.order: IntArray = np.arange(len(in_file))
+        """[F]: index in the dataset of every row."""
+        if longest_first:
+            self.order = np.argsort(-in_file, kind="stable")
+        self.lengths: IntArray = in_file[self.order]
+        """[F]: number of tokens of every row."""
+        self.starts: IntArray = starts_of(in_file)[self.order]
+        """[F]: index of the first token of every row."""
         self.tokens = {name: _numpy(columns[name].flatten()) for name in TOKENS}
-        """[T]: columns with a value per token."""
-        self.scalars = {name: _numpy(columns[name]) for name in SCALARS}
-        """[F]: columns with a value per feature."""
+        """[T]: columns with a value per token, in the order of the dataset."""
+        self.scalars = {name: _numpy(columns[name])[self.order] for name in SCALARS}
+        """[F]: columns with a value per row."""
 
     def __len__(self) -> int:
         """Return the number of features."""
@@ -49,7 +55,7 @@ class FeatureTable(Dataset[Dict[str, object]]):
     @override
     def __getitem__(self, row: int) -> Dict[str, object]:
         """Return a row with all columns."""
-        return dict(self.features[row])
+        return dict(self.features[int(self.order[row])])
 
     def __getitems__(self, rows: List[int]) -> FeatureRows:
         """Return several rows; called by the loaders of torch."""
@@ -62,16 +68,20 @@ class FeatureRows(NamedTuple):
     table: FeatureTable
     rows: IntArray
 
+    @property
+    def counts(self) -> IntArray:
+        """[B]: number of tokens of every row."""
+        return self.table.lengths[self.rows]
+
     def batch(self, pad_token_id: int, length: int) -> Dict[str, Tensor]:
         """Return the rows as a batch: see `loaders.Collator`.
 
         Args:
             pad_token_id: Token id of the padding.
-            length: Length of the batch, which is longer if a row is.
+            length: Length of the batch, at least that of every row.
         """
-        counts = self.table.lengths[self.rows]
-        where = ranges(self.table.starts[self.rows], counts)
-        is_token = np.arange(max(int(counts.max()), length)) < counts[:, None]
+        where = ranges(self.table.starts[self.rows], self.counts)
+        is_token = np.arange(length) < self.counts[:, None]
         batch = {"attention_mask": is_token.astype(np.int64)}
         for name, padding in zip(TOKENS, (pad_token_id, 0)):
             batch[name] = np.full(is_token.shape, padding, np.int64)

@@ -24,35 +24,50 @@ class Collator:
     ``end_positions`` and ``feature`` (its index in the split) [B], all int64.
     """
 
-    def __init__(self, pad_token_id: int, length: Optional[int] = None) -> None:
+    def __init__(
+        self,
+        pad_token_id: int,
+        length: Optional[int] = None,
+        multiple_of: int = 1,
+        max_length: Optional[int] = None,
+    ) -> None:
         """Create a collator.
 
         Args:
             pad_token_id: Token id of the padding.
             length: Length of every batch; None pads to the longest feature of each batch.
+            multiple_of: Without `length`, batches are padded to a multiple of this.
+            max_length: Length that padding to a multiple does not exceed; None is no limit.
         """
         self.pad_token_id = pad_token_id
         self.length = length
+        self.multiple_of = multiple_of
+        self.max_length = max_length
 
     def __call__(self, features: Union[FeatureRows, Sequence[Mapping[str, Any]]]) -> Batch:
         """Return a batch of rows of a dataset of features."""
         if isinstance(features, FeatureRows):
-            return features.batch(self.pad_token_id, self.length or 0)
-        input_ids = self._stack([f["input_ids"] for f in features], self.pad_token_id)
+            return features.batch(self.pad_token_id, self._padded(int(features.counts.max())))
         counts = torch.tensor([len(f["input_ids"]) for f in features])
+        length = self._padded(int(counts.max()))
         batch = {
-            "input_ids": input_ids,
-            "attention_mask": (torch.arange(input_ids.shape[1]) < counts[:, None]).long(),
-            "token_type_ids": self._stack([f["token_type_ids"] for f in features], 0),
+            "input_ids": _stack([f["input_ids"] for f in features], self.pad_token_id, length),
+            "attention_mask": (torch.arange(length) < counts[:, None]).long(),
+            "token_type_ids": _stack([f["token_type_ids"] for f in features], 0, length),
         }
         for name in ("start_positions", "end_positions", "feature"):
             batch[name] = torch.tensor([f[name] for f in features])
         return batch
 
-    def _stack(self, rows: List[List[int]], padding: int) -> Tensor:
-        stacked = pad_sequence([torch.tensor(row) for row in rows], True, padding)
-        missing = (self.length or 0) - stacked.shape[1]
-        return torch.nn.functional.pad(stacked, (0, max(missing, 0)), value=padding)
+    def _padded(self, longest: int) -> int:
+        """Return the length of a batch from that of its longest feature."""
+        length = self.length or -(-longest // self.multiple_of) * self.multiple_of
+        return max(longest, length if self.max_length is None else min(length, self.max_length))
+
+
+def _stack(rows: List[List[int]], padding: int, length: int) -> Tensor:
+    stacked = pad_sequence([torch.tensor(row) for row in rows], True, padding)
+    return torch.nn.functional.pad(stacked, (0, length - stacked.shape[1]), value=padding)
 
 
 class TrainingSampler(DistributedSampler):  # type: ignore[type-arg]  # not generic in torch 2.0

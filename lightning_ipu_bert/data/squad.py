@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Tuple, Union
+from typing import Dict, Mapping, Optional, Tuple, Union
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +18,7 @@ from lightning_ipu_bert.data.feature_table import FeatureTable
 from lightning_ipu_bert.data.loaders import Batch, Collator, ResumableDataLoader, TrainingSampler
 from lightning_ipu_bert.data.logits import Parts, join_logits
 from lightning_ipu_bert.data.metrics import squad_scores
+from lightning_ipu_bert.data.positions import limits_evaluation, training_position
 from lightning_ipu_bert.data.records import Rules
 from lightning_ipu_bert.data.settings import data_rules, settings_of
 from lightning_ipu_bert.data.sources import Files, Sources, paths_of
@@ -49,6 +50,7 @@ class SquadDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         group_by_length: bool = False,
         pad_to_max_length: bool = False,
+        pad_to_multiple_of: int = 8,
         version_2: bool = False,
         null_score_threshold: float = 0.0,
         max_answer_length: int = 30,
@@ -81,6 +83,7 @@ class SquadDataModule(pl.LightningDataModule):
             num_workers: Number of worker processes of loaders; 0 uses the main process.
             group_by_length: Group features of similar length into batches to reduce padding.
             pad_to_max_length: Pad every batch to max_length instead of its longest feature.
+            pad_to_multiple_of: Otherwise pad batches to a multiple of this number of tokens.
             version_2: Whether questions may be unanswerable (SQuAD v2.0).
             null_score_threshold: With version_2, the answer is empty if its score exceeds that of
                 the best span by more than this.
@@ -97,7 +100,7 @@ class SquadDataModule(pl.LightningDataModule):
         self.save_hyperparameters()
         settings = settings_of(self.hparams)
         enforce(data_rules(settings))
-        for name in ("max_answer_length", "n_best"):
+        for name in ("max_answer_length", "n_best", "pad_to_multiple_of"):
             enforce(count_rule(name, self.hparams[name]))
         self.answer_rules = AnswerRules(max_answer_length, n_best, version_2, null_score_threshold)
         self.splits = Splits(
@@ -192,15 +195,8 @@ class SquadDataModule(pl.LightningDataModule):
         Lightning also saves the state of loaders, but restores only loaders that are created after
         the optimizer; ours are created before, to count the steps of the learning rate schedule.
         """
-        if self.trainer is None or not isinstance(
-            self.trainer.train_dataloader, ResumableDataLoader
-        ):
-            return {}
-        state = self.trainer.train_dataloader.state_dict()
-        # A batch that is not trained on yet, e.g. at a signal of SLURM, must not be counted.
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        state["batches"] -= progress.ready - progress.processed
-        return {"train": state}
+        state = training_position(self.trainer) if self.trainer else None
+        return {"train": state} if state else {}
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Dict[str, int]]) -> None:
@@ -226,17 +222,22 @@ class SquadDataModule(pl.LightningDataModule):
         """Micro-batches in a batch: above 1 if the strategy accumulates gradients."""
         return facts_of(self.trainer).micro_batches_per_batch
 
+    @property
+    def _length(self) -> Optional[int]:
+        """Length of every batch; None if they differ."""
+        fixed = self.hparams["pad_to_max_length"] or facts_of(self.trainer).static_shapes
+        return int(self.hparams["max_length"]) if fixed else None
+
     def _loader(
         self, table: FeatureTable, batch_size: int, sampler: Optional[TrainingSampler] = None
     ) -> ResumableDataLoader:
-        fixed = self.hparams["pad_to_max_length"] or facts_of(self.trainer).static_shapes
-        length = self.hparams["max_length"] if fixed else None
+        lengths = (self._length, self.hparams["pad_to_multiple_of"], self.hparams["max_length"])
         return ResumableDataLoader(
             table,
             batch_size=batch_size,  # a keyword: Lightning re-creates loaders for `predict`
             sampler=sampler,
             num_workers=self.hparams["num_workers"],
-            collate_fn=Collator(self.tokenizer.pad_token_id, length),
+            collate_fn=Collator(self.tokenizer.pad_token_id, *lengths),
             # Otherwise loaders draw from the global generator of dropout masks, which a resumed run
             # would not repeat.
             generator=torch.Generator(),
@@ -244,4 +245,6 @@ class SquadDataModule(pl.LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader[Batch]:
         batch_size = self.hparams["eval_micro_batch_size"] * self._micro_batches
-        return self._loader(FeatureTable(self.split(split).features), batch_size)
+        # Sorted features need less padding; but a limited part must not be the longest ones.
+        sort = self._length is None and not limits_evaluation(self.trainer)
+        return self._loader(FeatureTable(self.split(split).features, sort), batch_size)

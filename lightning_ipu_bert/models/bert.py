@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,16 @@ class SpanLogits(NamedTuple):
     """[B, S]: for the first token of the answer."""
     end_logits: Tensor
     """[B, S]: for the last token of the answer."""
+
+
+BatchLogits = Tuple[Tensor, Tensor, Tensor]
+"""``feature`` [B], start logits [B, S] and end logits [B, S], on the CPU."""
+
+
+def on_host(batch: Mapping[str, Tensor], logits: SpanLogits) -> BatchLogits:
+    """Return the indices of the features of a batch and its logits, in float32 on the CPU."""
+    starts, ends = logits.start_logits.float().cpu(), logits.end_logits.float().cpu()
+    return batch["feature"].cpu(), starts, ends
 
 
 def run_blocks(

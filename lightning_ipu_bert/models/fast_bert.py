@@ -6,7 +6,7 @@ transformers wherever `fast_checks` finds anything that it would have to do diff
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Dict, Optional
 
 import torch
 from torch import Tensor, nn
@@ -28,19 +28,19 @@ from lightning_ipu_bert.ops.feed_forward_block import (
 )
 
 
-def use_fast_layers(network: nn.Module) -> None:
-    """Let the BERT layers and dropouts of a network run fast on CPUs, in place.
+def use_fast_layers(network: nn.Module, fast: bool = True) -> None:
+    """Let the BERT layers and dropouts of a network run fast on CPUs, or as before, in place.
 
     Only layers and dropouts of exactly the classes of transformers and torch are changed.
 
     Args:
         network: A BERT of transformers.
+        fast: False changes the classes back.
     """
+    pairs: Dict[type, type] = {BertLayer: FastBertLayer, nn.Dropout: Dropout}
+    classes = pairs if fast else {ours: theirs for theirs, ours in pairs.items()}
     for module in network.modules():
-        if type(module) is BertLayer:
-            module.__class__ = FastBertLayer
-        elif type(module) is nn.Dropout:
-            module.__class__ = Dropout
+        module.__class__ = classes.get(type(module), type(module))
 
 
 class FastBertLayer(BertLayer):  # type: ignore[no-untyped-call]  # GradientCheckpointingLayer's
@@ -58,7 +58,7 @@ class FastBertLayer(BertLayer):  # type: ignore[no-untyped-call]  # GradientChec
 
         Args:
             hidden_states: [B, S, D]
-            attention_mask: [B, 1, 1, S], additive or true for keys that are attended to.
+            attention_mask: [B, 1, 1 or S, S], additive or true for keys that are attended to.
             args: Other arguments of `BertLayer`, with which it runs as in transformers.
             kwargs: Likewise.
         """
@@ -106,12 +106,11 @@ def rate(dropout: nn.Dropout) -> float:
 
 
 def score_bias(mask: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
-    """[B, 1, 1, S] -> [B, 1, S], added to the scores; None if nothing is masked."""
+    """Return what is added to the scores, [B, 1, 1 or S, S]; None if nothing is masked."""
     if mask is None:
         return None
     if mask.dtype != torch.bool:
-        return mask[:, 0].to(dtype) if mask.any() else None
+        return mask.to(dtype) if mask.any() else None
     if mask.all():
         return None
-    bias = torch.zeros(mask.shape, dtype=dtype)
-    return bias.masked_fill_(~mask, torch.finfo(dtype).min)[:, 0]
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

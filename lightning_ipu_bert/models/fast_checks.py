@@ -65,8 +65,11 @@ def inputs_allow(hidden: Tensor, mask: Optional[Tensor], others: Sequence[object
     """
     if any(other is not None for other in others) or not runs_eagerly_on_cpu(hidden):
         return False
-    keys_only = mask is None or mask.shape == (len(hidden), 1, 1, hidden.shape[1])
-    return LAYERS_RETURN_TENSORS and hidden.dim() == 3 and keys_only
+    if hidden.dim() != 3 or not LAYERS_RETURN_TENSORS:
+        return False
+    examples, length, _ = hidden.shape
+    shapes = ((examples, 1, queries, length) for queries in (1, length))
+    return mask is None or any(mask.shape == shape for shape in shapes)
 
 
 def layer_allows(layer: BertLayer) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokenizerBase
@@ -16,7 +14,7 @@ from lightning_ipu_bert._compat.lightning import count_saved_batch, datamodule_o
 from lightning_ipu_bert.checkpoint_file import ORIGIN_KEY, SCORES_KEY, TOKENIZER_KEY
 from lightning_ipu_bert.data.squad import SquadDataModule
 from lightning_ipu_bert.data.tokenizer import tokenizer_from_files, tokenizer_to_files
-from lightning_ipu_bert.models.bert import SpanLogits, run_blocks, span_loss
+from lightning_ipu_bert.models.bert import BatchLogits, SpanLogits, on_host, run_blocks, span_loss
 from lightning_ipu_bert.models.bert_network import architecture_of, build_network
 from lightning_ipu_bert.models.bert_settings import LABELS, BertSettings, bert_blocks, input_rules
 from lightning_ipu_bert.models.fast_bert import use_fast_layers
@@ -25,15 +23,17 @@ from lightning_ipu_bert.pipeline.facts import facts_of
 from lightning_ipu_bert.pipeline.progress import progress_rules
 from lightning_ipu_bert.pipeline.protocol import PipelineModule
 from lightning_ipu_bert.pipeline.rules import enforce
+from lightning_ipu_bert.training.allocator import KeepFreedMemory
 from lightning_ipu_bert.training.callbacks import missing_callbacks
-from lightning_ipu_bert.training.checkpoint_io import AtomicCheckpointIO
+from lightning_ipu_bert.training.checkpoint_io import write_atomically
+from lightning_ipu_bert.training.fused import use_fused_steps
 from lightning_ipu_bert.training.gather import all_gather_objects
-from lightning_ipu_bert.training.optimizer import decay_groups, learning_rate_schedule, warmup_steps
+from lightning_ipu_bert.training.optimizer import adamw, scheduled
 from lightning_ipu_bert.training.settings import learning_rate_rules
 
 Batch = Dict[str, Tensor]
-BatchLogits = Tuple[Tensor, Tensor, Tensor]
-"""``feature`` [B], start logits [B, S] and end logits [B, S], on the CPU."""
+PROCESS_SETTINGS = ("fast_kernels", "keep_freed_memory")
+"""Arguments about this process, which checkpoints do not contain."""
 
 
 class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
@@ -55,7 +55,8 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
         lr_schedule: str = "linear",
         warmup_ratio: float = 0.0,
         warmup_steps: int = 0,
-        fast_layers: bool = True,
+        fast_kernels: bool = True,
+        keep_freed_memory: bool = True,
     ) -> None:
         """Create the network.
 
@@ -69,20 +70,23 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
                 constant.
             warmup_ratio: Fraction of all updates in which the learning rate increases from 0.
             warmup_steps: Number of warm-up updates; overrides warmup_ratio.
-            fast_layers: Whether layers run, on CPUs, with a forward and backward of this package;
-                false runs those of transformers.
+            fast_kernels: Whether CPUs use the kernels of this package: layers with their own
+                backward, dropout from random words, fused AdamW; false uses those of transformers
+                and torch.
+            keep_freed_memory: Whether the process keeps freed memory on CPUs, for the next step;
+                it holds until the process ends.
 
         Raises:
             UserError: If no BERT can be created from the arguments, or a value is out of range.
         """
         super().__init__()
         enforce(learning_rate_rules(learning_rate, lr_schedule, warmup_ratio, warmup_steps))
-        self.save_hyperparameters(ignore=["config", "fast_layers"])
+        self.save_hyperparameters(ignore=["config", *PROCESS_SETTINGS])
         network, self.has_trained_head = build_network(model_name_or_path, config)
         self.bert_config: BertConfig = network.config
         self.bert, self.qa_outputs = network.bert, network.qa_outputs
-        if fast_layers:
-            use_fast_layers(self.bert)
+        self.fast_kernels, self.keep_freed_memory = fast_kernels, keep_freed_memory
+        use_fast_layers(self.bert, fast_kernels)
         # Plain values only: Lightning loads checkpoints with torch's weights_only.
         self.save_hyperparameters({"config": architecture_of(network.config) if config else None})
         self.tokenizer: Optional[PreTrainedTokenizerBase] = None
@@ -155,13 +159,13 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> BatchLogits:
         """Return feature indices and logits; `PredictionWriter` turns them into answers."""
-        return _on_host(batch, self.run_output(batch))
+        return on_host(batch, self.run_output(batch))
 
     def _evaluation_step(self, batch: Batch, prefix: str) -> None:
         logits = self.run_output(batch)
         loss, examples = span_loss(logits, batch), len(batch["input_ids"])
         self.log(f"{prefix}/loss", loss, prog_bar=True, batch_size=examples, sync_dist=True)
-        self._logits.append(_on_host(batch, logits))
+        self._logits.append(on_host(batch, logits))
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -189,36 +193,31 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         """Return AdamW and a learning rate schedule that steps after every update."""
-        optimizer = torch.optim.AdamW(
-            decay_groups(self, self.hparams["weight_decay"]),
-            lr=self.hparams["learning_rate"],
-            foreach=True,  # also on CPUs: small models have more overhead than arithmetic
-        )
-        total = self.estimated_updates()
-        warmup = warmup_steps(total, self.hparams["warmup_ratio"], self.hparams["warmup_steps"])
-        schedule = learning_rate_schedule(optimizer, self.hparams["lr_schedule"], warmup, total)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr-AdamW"},
-        }
+        optimizer = adamw(self, self.hparams["learning_rate"], self.hparams["weight_decay"])
+        if self.fast_kernels:
+            use_fused_steps(optimizer)
+        names = ("lr_schedule", "warmup_ratio", "warmup_steps")
+        settings = [self.hparams[name] for name in names]
+        return scheduled(optimizer, self.estimated_updates(), *settings)
 
     @override
     def setup(self, stage: str) -> None:
-        """Set the tokenizer from the data, and write checkpoints atomically."""
+        """Set the tokenizer from the data, choose kernels, and write checkpoints atomically."""
         data = datamodule_of(self.trainer)
         if isinstance(data, SquadDataModule):
             self.tokenizer = data.tokenizer
             sizes = {name: vars(self.bert_config)[name] for name in BertSettings._fields}
             max_length = data.splits.windowing.max_length
             enforce(input_rules(BertSettings(**sizes), len(data.tokenizer), max_length))
-        strategy = self.trainer.strategy
-        if type(strategy.checkpoint_io) is TorchCheckpointIO:
-            strategy.checkpoint_io = AtomicCheckpointIO()
+        can_be_fast = not facts_of(self.trainer).splits_backward
+        use_fast_layers(self.bert, self.fast_kernels and can_be_fast)
+        write_atomically(self.trainer)
 
     @override
     def configure_callbacks(self) -> List[pl.Callback]:
         """Return the default callbacks, without those that the Trainer already has."""
-        return missing_callbacks(self.trainer, squad_report())
+        memory = [KeepFreedMemory()] if self.keep_freed_memory else []
+        return missing_callbacks(self.trainer, squad_report(), *memory)
 
     @override
     def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
@@ -248,8 +247,3 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
     def scores(self) -> Dict[str, float]:
         """The last evaluation scores, by name."""
         return dict(self._scores)
-
-
-def _on_host(batch: Batch, logits: SpanLogits) -> BatchLogits:
-    starts, ends = logits.start_logits.float().cpu(), logits.end_logits.float().cpu()
-    return batch["feature"].cpu(), starts, ends

@@ -38,7 +38,7 @@ def attend(
         query: [B, H, S, d], contiguous as all of them, divided by sqrt(d).
         key: [B, H, S, d]
         value: [B, H, S, d]
-        bias: [B, 1, S], added to the scores of each key; None without.
+        bias: [B, 1, 1 or S, S], added to the scores; None without.
         p: Rate of dropout of the probabilities.
 
     Returns:
@@ -54,7 +54,7 @@ def attend(
         q, k, v, out = (x[first : first + size].flatten(0, 1) for x in (query, key, value, output))
         scores = torch.bmm(q, k.transpose(1, 2))
         if bias is not None:
-            scores.view(-1, heads * length, length).add_(bias[first : first + size])
+            scores.view(-1, heads, length, length).add_(bias[first : first + size])
         weights = Weights(torch.softmax(scores, -1), keep_mask(scores.shape, p, scores.dtype))
         torch.bmm(masked(*weights), v, out=out)
         kept.append(weights)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from lightning_ipu_bert.ops.attention import Weights, attend, attend_backward
@@ -16,6 +15,7 @@ from lightning_ipu_bert.ops.parts import (
     drop_add_norm,
     drop_add_norm_backward,
     linear_gradients,
+    refuse_second_derivatives,
 )
 
 
@@ -58,7 +58,7 @@ def attention_block(
 
     Args:
         hidden: [B, S, D]
-        bias: [B, 1, S], added to the scores of each key; None without.
+        bias: [B, 1, 1 or S, S], added to the scores; None without.
         settings: Settings.
         parameters: Parameters.
 
@@ -112,8 +112,8 @@ class _AttentionBlock(Function):
 
     @staticmethod
     @override
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tuple[Optional[Tensor], ...]:
+        refuse_second_derivatives()
         settings, needed = ctx.settings, AttentionParameters(*ctx.needs_input_grad[3:])
         x, w_qkv, qkv, context, w_out, norm, norm_bias, *rest = ctx.saved_tensors
         normalization = Normalization(*rest[:4])

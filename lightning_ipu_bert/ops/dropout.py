@@ -6,11 +6,11 @@ from typing import Any, Tuple
 
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from lightning_ipu_bert._compat.torch import runs_eagerly_on_cpu
 from lightning_ipu_bert.ops.masks import dropped_share, has_mask, keep_mask, masked, masked_
+from lightning_ipu_bert.ops.parts import refuse_second_derivatives
 
 
 class Dropout(nn.Dropout):
@@ -43,7 +43,7 @@ class _Dropout(Function):
 
     @staticmethod
     @override
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tuple[Tensor, None]:
+        refuse_second_derivatives()
         (mask,) = ctx.saved_tensors
         return masked_(gradient * ctx.scale, mask), None

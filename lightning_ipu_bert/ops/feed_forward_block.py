@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu
 from typing_extensions import override
 
@@ -17,6 +16,7 @@ from lightning_ipu_bert.ops.parts import (
     drop_add_norm,
     drop_add_norm_backward,
     linear_gradients,
+    refuse_second_derivatives,
 )
 
 
@@ -94,8 +94,8 @@ class _FeedForwardBlock(Function):
 
     @staticmethod
     @override
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tuple[Optional[Tensor], ...]:
+        refuse_second_derivatives()
         settings, needed = ctx.settings, FeedForwardParameters(*ctx.needs_input_grad[2:])
         x, w_inner, inner, activation, w_out, norm, norm_bias, *normalization = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):

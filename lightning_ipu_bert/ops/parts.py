@@ -8,7 +8,21 @@ import torch
 from torch import Tensor
 
 from lightning_ipu_bert._compat.torch import layer_norm_backward
+from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.ops.masks import dropped_share, keep_mask, masked, masked_
+
+
+def refuse_second_derivatives() -> None:
+    """Raise an error in a backward whose result would have to be differentiated.
+
+    Raises:
+        UserError: If it runs with ``create_graph=True``: the result would count as a constant.
+    """
+    if torch.is_grad_enabled():
+        raise UserError(
+            "The kernels for CPUs have no second derivatives, which create_graph=True needs. "
+            "Set fast_kernels=False."
+        )
 
 
 class Normalization(NamedTuple):

@@ -18,6 +18,9 @@ class StrategyFacts:
     """Whether all batches must have the same shape: loaders then pad to a fixed length."""
     compile_seconds: float = 0.0
     """Compilation time of this run so far."""
+    splits_backward: bool = False
+    """Whether gradients of inputs and of parameters are computed one after the other, as in
+    zero-bubble schedules: functions with their own backward cannot be split."""
     holds_interrupts: bool = False
     """Whether the strategy itself defers Ctrl-C to the end of a step."""
     data_group: Any = None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
@@ -29,3 +30,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         with written_atomically(Path(path)) as partial:
             torch.save(checkpoint, partial)
+
+
+def write_atomically(trainer: Trainer) -> None:
+    """Write checkpoints of a Trainer atomically, unless it has a plugin of its own."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()

@@ -147,11 +147,13 @@ def table(quickstart, cache_dir):
     return FeatureTable(cached_features(question_set, tokenizer, windowing, Path(cache_dir)))
 
 
-@given(data=st.data(), length=st.sampled_from([None, 20, 48, 60]))
-def test_rows_cut_from_arrays_equal_rows_of_the_dataset(table, data, length):
+@given(
+    data=st.data(), length=st.sampled_from([None, 20, 48, 60]), multiple=st.sampled_from([1, 8, 16])
+)
+def test_rows_cut_from_arrays_equal_rows_of_the_dataset(table, data, length, multiple):
     """`Collator` pads the lists of a dataset row by row; a table cuts them from flat arrays."""
     rows = data.draw(st.lists(st.integers(0, len(table) - 1), min_size=1, max_size=9))
-    collate = Collator(pad_token_id=7, length=length)
+    collate = Collator(7, length, multiple, max_length=48)
     expected, found = collate([table[row] for row in rows]), collate(table.__getitems__(rows))
     assert found.keys() == expected.keys()
     for name, values in found.items():

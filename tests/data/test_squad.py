@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from model_helpers import make_trainer
 
 from lightning_ipu_bert import SquadDataModule, UserError
 
@@ -29,11 +30,41 @@ def test_batches_of_training_and_evaluation_have_their_own_sizes(make_data):
     assert len(next(iter(data.val_dataloader()))["feature"]) == 5
 
 
-def test_evaluation_keeps_the_order_of_the_file(make_data):
+def order_of(batches):
+    return [i for batch in batches for i in batch["feature"].tolist()]
+
+
+def test_evaluation_sorts_by_length_and_evaluates_every_feature_once(make_data):
     data = make_data()
     data.setup("validate")
-    order = [i for batch in data.val_dataloader() for i in batch["feature"].tolist()]
+    batches = list(data.val_dataloader())
+    lengths = [int(n) for batch in batches for n in batch["attention_mask"].sum(1)]
+    assert lengths == sorted(lengths, reverse=True)
+    features = data.split("validation").features
+    assert sorted(order_of(batches)) == list(range(len(features)))
+    for batch in batches:
+        for index, ids, mask in zip(
+            *(batch[n] for n in ("feature", "input_ids", "attention_mask"))
+        ):
+            assert ids[mask.bool()].tolist() == features[int(index)]["input_ids"]
+
+
+@pytest.mark.parametrize("changes", [{"limit_val_batches": 2}, {"limit_val_batches": 0.5}])
+def test_a_part_of_an_evaluation_is_in_the_order_of_the_file(make_data, changes, tmp_path):
+    data = make_data()
+    data.trainer = make_trainer(tmp_path, **changes)
+    data.setup("validate")
+    order = order_of(data.val_dataloader())
     assert order == list(range(len(data.split("validation").features)))
+
+
+def test_batches_are_padded_to_a_multiple_but_not_beyond_the_longest_window(make_data):
+    data = make_data(pad_to_multiple_of=16)
+    data.setup("validate")
+    longest = data.hparams["max_length"]
+    for batch in data.val_dataloader():
+        length, tokens = batch["input_ids"].shape[1], int(batch["attention_mask"].sum(1).max())
+        assert length == min(-(-tokens // 16) * 16, longest)
 
 
 def test_the_quickstart_needs_no_file_and_no_tokenizer(tmp_path):

@@ -21,7 +21,7 @@ def batch(make_data):
 
 
 def test_logits_and_loss_equal_hugging_faces(make_module, batch):
-    module = make_module(fast_layers=False).eval()
+    module = make_module(fast_kernels=False).eval()
     network = BertForQuestionAnswering(module.bert_config).eval()
     network.load_state_dict(module.state_dict())  # same names, none missing
     inputs = {name: batch[name] for name in NETWORK_INPUTS}
@@ -33,7 +33,7 @@ def test_logits_and_loss_equal_hugging_faces(make_module, batch):
 
 
 def test_to_huggingface_gives_the_same_logits(make_module, batch):
-    module = make_module(fast_layers=False).eval()
+    module = make_module(fast_kernels=False).eval()
     inputs = {name: batch[name] for name in NETWORK_INPUTS}
     assert torch.equal(module.to_huggingface()(**inputs).end_logits, module(**inputs).end_logits)
 

@@ -18,6 +18,7 @@ from lightning_ipu_bert.pipeline.config import PipelineConfig
 from lightning_ipu_bert.pipeline.facts import StrategyFacts
 from lightning_ipu_bert.pipeline.plan import Plan
 from lightning_ipu_bert.pipeline.rules import enforce
+from lightning_ipu_bert.pipeline.schedules import SCHEDULES
 from lightning_ipu_bert.strategies.distributed.checks import resolve_plan, resolve_run
 from lightning_ipu_bert.strategies.distributed.launch.launcher import ScriptLauncher
 from lightning_ipu_bert.strategies.distributed.launch.notebook import NotebookLauncher
@@ -89,6 +90,7 @@ class Ranks:
         """The facts that models and data depend on."""
         return StrategyFacts(
             micro_batches_per_batch=self.config.batches.gradient_accumulation_steps,
+            splits_backward=SCHEDULES[self.config.schedule].splits_backward,
             holds_interrupts=True,
             data_group=self.replica_group,
         )
