@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set
 
+import torch
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_ipu_bert._compat.lightning import PlainCLI
-from lightning_ipu_bert.checkpoint_file import ORIGIN_KEY, read_checkpoint
+from lightning_ipu_bert.checkpoint_file import ORIGIN_KEY, PRECISION_KEY, read_checkpoint
 from lightning_ipu_bert.commands import ask, export
 from lightning_ipu_bert.commands.parser import Parser, exit_with
 from lightning_ipu_bert.commands.run_folder import set_run_folder
@@ -116,8 +117,11 @@ class QuestionAnsweringCLI(PlainCLI):
         set_run_folder(options.trainer, bool(data.validation_file or data.dataset_name))
         path = options.get("ckpt_path")
         if path and not LIGHTNINGS_OWN.match(str(path)):
+            checkpoint = read_checkpoint(str(path))
             defaults = self.defaults_of(self.config.subcommand)
-            follow_checkpoint(options, defaults, str(path))
+            follow_checkpoint(options, defaults, checkpoint, str(path))
+            if self.config.subcommand != "fit":
+                follow_precision(options.trainer, checkpoint)
         if options.data.tokenizer_name_or_path is None:
             options.data.tokenizer_name_or_path = options.model.model_name_or_path
 
@@ -131,7 +135,21 @@ class QuestionAnsweringCLI(PlainCLI):
         self.datamodule.read(self.subcommand)  # before ranks are started
 
 
-def follow_checkpoint(options: Any, defaults: Any, path: str) -> None:
+def follow_precision(trainer: Any, checkpoint: Dict[str, Any]) -> None:
+    """Evaluate in the precision of the training, unless another one is given.
+
+    Args:
+        trainer: The parsed options of the Trainer; modified in place.
+        checkpoint: The checkpoint; float16 is not followed where there is no GPU.
+    """
+    precision = checkpoint.get(PRECISION_KEY)
+    usable = precision and (not precision.startswith("16") or torch.cuda.is_available())
+    if usable and trainer.precision is None:
+        trainer.precision = precision
+        rank_zero_info(f"Using precision={precision} of the checkpoint.")
+
+
+def follow_checkpoint(options: Any, defaults: Any, checkpoint: Dict[str, Any], path: str) -> None:
     """Override model settings, windows and tokenizer by those of a checkpoint.
 
     Weights, optimizer state and schedule of a checkpoint require its own settings, which therefore
@@ -140,9 +158,9 @@ def follow_checkpoint(options: Any, defaults: Any, path: str) -> None:
     Args:
         options: The parsed options of a verb; modified in place.
         defaults: Their defaults; options with their default value are not reported.
-        path: The checkpoint.
+        checkpoint: The checkpoint.
+        path: Its path.
     """
-    checkpoint = read_checkpoint(path)
     saved = checkpoint.get(BertForQuestionAnsweringModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     data = checkpoint.get(SquadDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     known = {**saved, "model_name_or_path": checkpoint.get(ORIGIN_KEY)}

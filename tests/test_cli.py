@@ -249,6 +249,19 @@ def test_the_checkpoint_decides_and_says_so_where_options_differ(run, trained, q
     assert "weight_decay" not in said[0]
 
 
+def test_evaluation_has_the_precision_of_the_training(run, quickstart, caplog):
+    words = [*run.data, *TINY_MODEL, *SHORT]
+    run("fit", "--config=quickstart", *words, "--trainer.precision=bf16-mixed")
+    words = ["validate", "--ckpt_path=runs/quickstart/best.ckpt", *run.data, *SHORT[-2:]]
+    words += ["--data.validation_file", str(quickstart / "validation.json")]
+    for given in ([], ["--trainer.precision=32-true"]):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            run(*words, *given)
+        assert ("Using precision=bf16-mixed of the checkpoint" in caplog.text) == (not given)
+        assert ("bfloat16 Automatic Mixed Precision" in caplog.text) == (not given)
+
+
 def test_fit_goes_on_from_a_checkpoint(run, trained):
     run(
         *("fit", "--config=quickstart", "--ckpt_path", trained, *run.data, *TINY_MODEL, *SHORT),

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokeniz
 from typing_extensions import override
 
 from lightning_ipu_bert._compat.lightning import count_saved_batch, datamodule_of, trainer_of
-from lightning_ipu_bert.checkpoint_file import ORIGIN_KEY, SCORES_KEY, TOKENIZER_KEY
+from lightning_ipu_bert.checkpoint_file import ORIGIN_KEY, PRECISION_KEY, SCORES_KEY, TOKENIZER_KEY
 from lightning_ipu_bert.data.squad import SquadDataModule
 from lightning_ipu_bert.data.tokenizer import tokenizer_from_files, tokenizer_to_files
 from lightning_ipu_bert.models.bert import BatchLogits, SpanLogits, on_host, run_blocks, span_loss
@@ -221,9 +221,9 @@ class BertForQuestionAnsweringModule(PipelineModule, pl.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
-        """Add architecture, tokenizer and scores to the checkpoint."""
+        """Add architecture, tokenizer, precision and scores to the checkpoint."""
         hyper_parameters = checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
-        checkpoint[ORIGIN_KEY] = self._origin
+        checkpoint.update({ORIGIN_KEY: self._origin, PRECISION_KEY: str(self.trainer.precision)})
         hyper_parameters.update(model_name_or_path=None, config=architecture_of(self.bert_config))
         if self.tokenizer is not None:
             checkpoint[TOKENIZER_KEY] = tokenizer_to_files(self.tokenizer)
