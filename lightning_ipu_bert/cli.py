@@ -117,11 +117,8 @@ class QuestionAnsweringCLI(PlainCLI):
         set_run_folder(options.trainer, bool(data.validation_file or data.dataset_name))
         path = options.get("ckpt_path")
         if path and not LIGHTNINGS_OWN.match(str(path)):
-            checkpoint = read_checkpoint(str(path))
             defaults = self.defaults_of(self.config.subcommand)
-            follow_checkpoint(options, defaults, checkpoint, str(path))
-            if self.config.subcommand != "fit":
-                follow_precision(options.trainer, checkpoint)
+            follow_checkpoint(options, defaults, str(path), self.config.subcommand)
         if options.data.tokenizer_name_or_path is None:
             options.data.tokenizer_name_or_path = options.model.model_name_or_path
 
@@ -149,7 +146,7 @@ def follow_precision(trainer: Any, checkpoint: Dict[str, Any]) -> None:
         rank_zero_info(f"Using precision={precision} of the checkpoint.")
 
 
-def follow_checkpoint(options: Any, defaults: Any, checkpoint: Dict[str, Any], path: str) -> None:
+def follow_checkpoint(options: Any, defaults: Any, path: str, verb: str) -> None:
     """Override model settings, windows and tokenizer by those of a checkpoint.
 
     Weights, optimizer state and schedule of a checkpoint require its own settings, which therefore
@@ -158,9 +155,12 @@ def follow_checkpoint(options: Any, defaults: Any, checkpoint: Dict[str, Any], p
     Args:
         options: The parsed options of a verb; modified in place.
         defaults: Their defaults; options with their default value are not reported.
-        checkpoint: The checkpoint.
-        path: Its path.
+        path: The checkpoint.
+        verb: The verb; all but fit run in the precision of the checkpoint, too.
     """
+    checkpoint = read_checkpoint(path)
+    if verb != "fit":
+        follow_precision(options.trainer, checkpoint)
     saved = checkpoint.get(BertForQuestionAnsweringModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     data = checkpoint.get(SquadDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     known = {**saved, "model_name_or_path": checkpoint.get(ORIGIN_KEY)}

@@ -244,7 +244,7 @@ def test_the_checkpoint_decides_and_says_so_where_options_differ(run, trained, q
         if "Using settings of the checkpoint" in r.getMessage()
     ]
     assert len(said) == 1
-    assert "learning_rate=0.004 (given: 0.5)" in said[0]
+    assert "learning_rate=0.002 (given: 0.5)" in said[0]
     assert "max_length=128 (given: 64)" in said[0]
     assert "weight_decay" not in said[0]
 

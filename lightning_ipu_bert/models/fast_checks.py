@@ -65,7 +65,7 @@ def inputs_allow(hidden: Tensor, mask: Optional[Tensor], others: Sequence[object
     """
     if any(other is not None for other in others) or not runs_eagerly_on_cpu(hidden):
         return False
-    if hidden.dim() != 3 or not LAYERS_RETURN_TENSORS:
+    if hidden.dim() != 3 or not hidden.numel() or not LAYERS_RETURN_TENSORS:
         return False
     examples, length, _ = hidden.shape
     shapes = ((examples, 1, queries, length) for queries in (1, length))

@@ -11,6 +11,7 @@ from lightning_ipu_bert.cli import main
 from lightning_ipu_bert.commands.ask import answer_questions
 from lightning_ipu_bert.commands.export import export
 from lightning_ipu_bert.commands.loading import load_trained
+from lightning_ipu_bert.models.fast_bert import use_fast_layers
 
 CONTEXT = "Rufford is a small town. It lies on the Demar. " * 20
 QUESTIONS = ["Which river flows through Rufford?", "What is Rufford?"]
@@ -98,6 +99,7 @@ def test_an_empty_context_is_refused(checkpoint):
 def test_an_exported_folder_has_identical_logits_tokenizer_and_card(checkpoint, tmp_path):
     folder = export(checkpoint, str(tmp_path / "out"))
     model = load_trained(checkpoint)
+    use_fast_layers(model.module.bert, False)
     inputs = model.tokenizer(QUESTIONS[0], CONTEXT[:60], return_tensors="pt")
     network = BertForQuestionAnswering.from_pretrained(folder).eval()
     with torch.no_grad():

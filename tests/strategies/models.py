@@ -33,7 +33,8 @@ def span_batches(count):
     ]
 
 
-def make_model(kind, updates=UPDATES):
+def make_model(kind, updates=UPDATES, **changes):
+    """A small module and its data; changes are arguments of BERT."""
     torch.manual_seed(3)
     if kind == "language model":
         return LanguageModel(), Sentences(updates * GLOBAL_BATCH)
@@ -47,7 +48,7 @@ def make_model(kind, updates=UPDATES):
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
-    return PlainBert(config=config), span_batches(updates * GLOBAL_BATCH)
+    return PlainBert(config=config, **changes), span_batches(updates * GLOBAL_BATCH)
 
 
 ZERO = ("key.bias", "qa_outputs.bias", "layer.5.output.LayerNorm.bias")
