@@ -7,9 +7,11 @@ import gc
 import logging
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests and their ranks run side by side
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -131,6 +133,9 @@ def pytest_configure(config):
     if config.getoption("dist", "no") == "no":  # not in a process that only hands out tests
         # Before pytest listens to logs, or Lightning would print none, also not in forks.
         import lightning.pytorch  # noqa: F401
+    # Locks of progress bars are shared with forks, which tests kill: one that is killed while it
+    # holds the lock would block this process.
+    tqdm.set_lock(threading.RLock())
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
