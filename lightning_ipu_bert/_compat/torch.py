@@ -34,7 +34,6 @@ from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -183,6 +182,8 @@ def is_untouched(module: nn.Module) -> bool:
 
 def has_global_hooks() -> bool:
     """Return whether hooks are registered that run with every module."""
+    from torch.nn.modules.module import _has_any_global_hook  # new in torch 2.1
+
     function: Callable[[], bool] = _has_any_global_hook
     return function()
 

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_ipu_bert.ops import Dropout
 from lightning_ipu_bert.ops.masks import dropped_share, has_mask, keep_mask, masked
 
+pytestmark = needs_pipelining
 COUNT = 4_000_000
 
 
@@ -78,7 +79,6 @@ def test_a_mask_multiplies_by_zero_or_one(p, dtype):
     assert torch.equal(masked(x, mask).abs(), (x * kept).abs())
 
 
-@needs_pipelining
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_dropout_scales_what_it_keeps_and_its_gradient(dtype):
     torch.manual_seed(6)
@@ -91,7 +91,6 @@ def test_dropout_scales_what_it_keeps_and_its_gradient(dtype):
     torch.testing.assert_close(x.grad, scale)
 
 
-@needs_pipelining
 def test_the_backward_of_dropout_passes_gradcheck():
     module, x = Dropout(0.3), torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
 
@@ -118,7 +117,6 @@ def test_dropout_is_that_of_torch_where_masks_do_not_apply():
     assert Dropout(0.1)(x.to("meta")).device.type == "meta"
 
 
-@needs_pipelining
 def test_compiled_dropout_is_that_of_torch():
     x = torch.randn(4, 100)
     compiled = torch.compile(Dropout(0.1), backend="eager", fullgraph=True)
