@@ -137,11 +137,12 @@ def follow_precision(trainer: Any, checkpoint: Dict[str, Any]) -> None:
 
     Args:
         trainer: The parsed options of the Trainer; modified in place.
-        checkpoint: The checkpoint; float16 is not followed where there is no GPU.
+        checkpoint: The checkpoint. IPUs have precisions of their own, and float16 needs a GPU.
     """
     precision = checkpoint.get(PRECISION_KEY)
+    on_ipus = trainer.accelerator == "ipu" or "IPUStrategy" in str(trainer.strategy)
     usable = precision and (not precision.startswith("16") or torch.cuda.is_available())
-    if usable and trainer.precision is None:
+    if usable and not on_ipus and trainer.precision is None:
         trainer.precision = precision
         rank_zero_info(f"Using precision={precision} of the checkpoint.")
 

@@ -12,6 +12,9 @@ Files are relative to https://github.com/pytorch/pytorch/tree/main.
   registered. No public API in 2.13.
 - `torch._C._is_tracing` (torch/csrc/jit): whether torch.jit traces. The public
   `torch.jit.is_tracing` is deprecated in 2.13.
+- `torch._C._are_functorch_transforms_active`, `forward_ad._current_level`
+  (torch/autograd/forward_ad.py): whether functions with their own backward cannot run. No public
+  API in 2.13.
 - `torch._C.DisableTorchFunction` (torch/csrc (docs: "Extending PyTorch")): PopTorch's parameters
   are a subclass of Tensor. Ends with the SDK stack.
 - `aten._softmax_backward_data`, `gelu_backward`, `native_layer_norm_backward`
@@ -34,6 +37,7 @@ from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -167,8 +171,13 @@ def wait_for_keys(keys: List[str], key: str, value: str, seconds: float) -> List
 
 
 def runs_eagerly_on_cpu(tensor: Tensor) -> bool:
-    """Return whether what is done with a tensor is done now, on the CPU, and not traced."""
+    """Return whether what is done with a tensor is done now, on the CPU.
+
+    It is not where it is traced, transformed by `torch.func`, or differentiated forward.
+    """
     if not HAS_CPU_KERNELS or torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
 

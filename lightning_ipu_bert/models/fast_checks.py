@@ -69,7 +69,8 @@ def inputs_allow(hidden: Tensor, mask: Optional[Tensor], others: Sequence[object
         return False
     examples, length, _ = hidden.shape
     shapes = ((examples, 1, queries, length) for queries in (1, length))
-    return mask is None or any(mask.shape == shape for shape in shapes)
+    constant = mask is None or not mask.requires_grad  # a learned mask would have no gradient
+    return constant and (mask is None or any(mask.shape == shape for shape in shapes))
 
 
 def layer_allows(layer: BertLayer) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from model_helpers import needs_pipelining
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, jvp, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig
@@ -257,6 +257,25 @@ def test_traced_compiled_and_functional_calls_run_as_in_transformers(fast_runs):
     torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), expected)
     weights = {name: p.detach() * 1 for name, p in layer.named_parameters()}
     torch.testing.assert_close(functional_call(layer, weights, (x,)), expected)
+    assert not fast_runs
+
+
+def test_a_learned_mask_has_its_gradient(fast_runs):
+    gradients = []
+    for network in networks(attn_implementation="eager"):
+        mask = torch.zeros(3, 1, 6, 6, dtype=torch.float64, requires_grad=True)
+        network.encoder.layer[0](hidden_states(), mask).cumsum(-1).sum().backward()
+        gradients.append(mask.grad)
+    torch.testing.assert_close(*gradients)
+    assert not fast_runs
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch's own jvp
+def test_transforms_and_forward_derivatives_run_as_in_transformers(fast_runs):
+    (plain, fast), x = networks(attn_implementation="eager"), hidden_states().detach()
+    layers = [network.encoder.layer[0] for network in (plain, fast)]
+    torch.testing.assert_close(*(vmap(layer)(x[:, None]) for layer in layers))
+    torch.testing.assert_close(*(jvp(layer, (x,), (x,)) for layer in layers))
     assert not fast_runs
 
 

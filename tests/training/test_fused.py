@@ -46,6 +46,17 @@ def test_checkpoints_know_nothing_of_it():
     assert optimizer.state_dict()["param_groups"] == other.state_dict()["param_groups"]
 
 
+def test_an_update_that_fails_before_it_begins_leaves_no_flag():
+    _, optimizer, _ = trained(torch.optim.AdamW, True)
+
+    def closure():
+        raise ValueError("wrong data")
+
+    with pytest.raises(ValueError, match="wrong data"):
+        optimizer.step(closure)
+    assert optimizer.param_groups[0]["fused"] is None
+
+
 def test_a_group_that_cannot_be_fused_runs_as_before():
     _, _, seen = trained(torch.optim.AdamW, True, foreach=False, differentiable=True, steps=0)
     assert not seen

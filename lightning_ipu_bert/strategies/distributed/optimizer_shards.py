@@ -19,8 +19,8 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from lightning_ipu_bert.batch_trees import map_tree
-from lightning_ipu_bert.strategies.update_hooks import around_update
 from lightning_ipu_bert.training.elementwise import ElementwiseOptimizer
+from lightning_ipu_bert.training.update_hooks import around_update
 
 ELEMENTWISE = (
     *(optim.Adadelta, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW, optim.ASGD),

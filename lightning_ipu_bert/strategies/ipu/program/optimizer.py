@@ -21,7 +21,7 @@ from lightning_ipu_bert.strategies.ipu.program.changes import check_groups
 from lightning_ipu_bert.strategies.ipu.program.outside import names_of_parameters
 from lightning_ipu_bert.strategies.ipu.sdk import import_poptorch
 from lightning_ipu_bert.strategies.pipelined import PipelinedModule
-from lightning_ipu_bert.strategies.update_hooks import around_update
+from lightning_ipu_bert.training.update_hooks import around_update
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov")
 """Hyperparameters of parameter groups that both torch and PopTorch have."""
