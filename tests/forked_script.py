@@ -112,15 +112,9 @@ def _forget_pytest() -> None:
     tqdm.set_lock(threading.RLock())  # forks share one, which a killed process would keep
     warnings.resetwarnings()
     logging.root.handlers.clear()
-    logging.disable(logging.NOTSET)
     loggers: List[Any] = list(logging.root.manager.loggerDict.values())
-    lightning = logging.getLogger("lightning.pytorch")
-    lightning.propagate = False  # conftest.py has turned it on
-    lightning.setLevel(logging.INFO)
-    if not any(type(handler) is logging.StreamHandler for handler in lightning.handlers):
-        lightning.addHandler(logging.StreamHandler())
+    logging.getLogger("lightning.pytorch").propagate = False  # conftest.py has turned it on
     for logger in loggers:
-        vars(logger).update(disabled=False)
         for handler in list(vars(logger).get("handlers", ())):
             if type(handler) is logging.StreamHandler:
                 handler.stream = sys.stderr  # not by setStream, which would flush a closed one
