@@ -5,6 +5,7 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_module
 from lightning.pytorch.tuner import Tuner
 from model_helpers import make_trainer, needs_pipelining
 from projects import PLANS, Project, assert_close, loader_of, plan_of, table, world_of
@@ -137,7 +138,9 @@ def test_steps_that_need_other_stages_are_refused_and_named(kind, tmp_path):
         run_ranks(2, fit_wrong, kind, tmp_path)
 
 
-def test_objects_of_another_package_are_refused(tmp_path):
+def test_objects_of_another_package_are_refused(tmp_path, monkeypatch):
+    # Its import gives what both packages log to a logger of its own, for all later tests.
+    monkeypatch.setattr(rank_zero_module, "log", rank_zero_module.log)
     other = pytest.importorskip("pytorch_lightning")
     strategy = PipelineParallelStrategy(**PLANS["2x1"])
     trainer = make_trainer(tmp_path, other.Callback(), strategy=strategy, devices=2)
