@@ -75,7 +75,10 @@ def test_parameters_of_other_stages_may_be_on_the_meta_device():
     parameters = [*here.parameters(), *elsewhere.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.1)
     use_fused_steps(optimizer)
+    seen = []
+    optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["fused"]))
     before = here.weight.detach().clone()
     here(torch.ones(1, 2)).sum().backward()
     optimizer.step()
+    assert seen == [True]
     assert not torch.equal(here.weight, before)
