@@ -66,6 +66,17 @@ def ran(installed, tmp_path_factory):
     return folder, done.stdout.split("---")[0].splitlines()
 
 
+def test_the_wheel_has_every_file_of_the_package(installed):
+    """What is missing would be imported from an editable installation, if there is one."""
+    package = ROOT / "lightning_ipu_bert"
+    sources = {
+        file.relative_to(ROOT)
+        for file in package.rglob("*")
+        if file.is_file() and not {"__pycache__", "docs"} & set(file.parts)
+    }
+    assert sources <= {file.relative_to(installed) for file in installed.rglob("*")}
+
+
 def test_the_installed_package_is_the_one_that_runs(installed, ran):
     assert ran[1][0].startswith(str(installed))
 
