@@ -272,6 +272,6 @@ def test_the_accelerator_and_the_strategy_are_there_by_name():
     from lightning.pytorch.accelerators import AcceleratorRegistry
     from lightning.pytorch.strategies import StrategyRegistry
 
-    assert AcceleratorRegistry["ipu"]["accelerator"] is IPUAccelerator
-    assert StrategyRegistry["ipu_pipeline"]["strategy"] is IPUStrategy
+    assert type(AcceleratorRegistry.get("ipu")) is IPUAccelerator
+    assert type(StrategyRegistry.get("ipu_pipeline")) is IPUStrategy
     assert IPUAccelerator().get_device_stats(0) == {}
