@@ -8,6 +8,10 @@ from typing import Any, Dict
 
 from lightning_ipu_bert.errors import UserError
 
+MODEL_SETTINGS_KEY = "hyper_parameters"
+"""Arguments of the module, saved by Lightning."""
+DATA_SETTINGS_KEY = "datamodule_hyper_parameters"
+"""Arguments of the data module, saved by Lightning."""
 TOKENIZER_KEY = "tokenizer_files"
 """Tokenizer files: {name: text}."""
 SCORES_KEY = "scores"

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 import numpy as np
 
 from lightning_ipu_bert.data.answers import AnswerRules
-from lightning_ipu_bert.data.feature_cache import flat_column
+from lightning_ipu_bert.data.feature_columns import flat_column
 from lightning_ipu_bert.data.logits import Logits
 from lightning_ipu_bert.data.questions import QuestionSet
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from forked_script import run_script
 
-import lightning_ipu_bert.cli  # noqa: F401  # what the forks share
+import lightning_ipu_bert.commands.trainer_verbs  # noqa: F401  # what the forks share
 
 for line in sys.stdin:
     script, folder, words = json.loads(line)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import inspect
 from contextlib import suppress
+from importlib import import_module
 from typing import Any, Iterator, List
 
 import lightning_ipu_bert
-from lightning_ipu_bert.cli import COMMANDS, QuestionAnsweringCLI
+from lightning_ipu_bert.cli import COMMANDS
 from lightning_ipu_bert.commands import parser
+from lightning_ipu_bert.commands.trainer_verbs import QuestionAnsweringCLI
 
 GROUPS = ("model", "data", "predictions")
 """Groups of options that are ours; the others are Lightning's, and differ by version."""
@@ -29,7 +31,7 @@ def surface() -> List[str]:
 
 def _names() -> Iterator[str]:
     for name in sorted(lightning_ipu_bert.__all__):
-        member = vars(lightning_ipu_bert)[name]
+        member = getattr(lightning_ipu_bert, name)
         yield name
         if not inspect.isclass(member) or issubclass(member, Exception):
             continue
@@ -59,13 +61,13 @@ def _trainer_flags() -> Iterator[str]:
 
 
 def _command_flags() -> Iterator[str]:
-    for verb, command in sorted(COMMANDS.items()):
-        for action in _actions_of(verb, command):
+    for verb, module in sorted(COMMANDS.items()):
+        for action in _actions_of(import_module(module).main):
             for flag in action.option_strings:
                 yield f"{verb} {flag}={action.default!r}"
 
 
-def _actions_of(verb: str, command: Any) -> Any:
+def _actions_of(command: Any) -> Any:
     built = []
     original = parser.Parser.parse_args
 

@@ -8,7 +8,8 @@ import torch
 import yaml
 from official_scores import score
 
-from lightning_ipu_bert.cli import find_config, main, shipped_configs
+from lightning_ipu_bert.cli import main
+from lightning_ipu_bert.commands.trainer_verbs import find_config, shipped_configs
 from lightning_ipu_bert.errors import UserError
 from lightning_ipu_bert.strategies.distributed.launch.launcher import ScriptLauncher
 
@@ -284,7 +285,7 @@ def parsed(monkeypatch):
     """Parse the words of a verb; give the options of the Trainer."""
     found = []
     monkeypatch.setattr(
-        "lightning_ipu_bert.cli.QuestionAnsweringCLI.instantiate_classes",
+        "lightning_ipu_bert.commands.trainer_verbs.QuestionAnsweringCLI.instantiate_classes",
         lambda cli: found.append(cli.config[cli.config.subcommand].trainer) or sys.exit(),
     )
 

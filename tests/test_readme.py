@@ -12,7 +12,8 @@ import torch
 from forked_script import run_script
 from model_helpers import QUICKSTART_OPTIONS
 
-from lightning_ipu_bert.cli import QuestionAnsweringCLI, main
+from lightning_ipu_bert.cli import main
+from lightning_ipu_bert.commands import trainer_verbs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf8")
@@ -41,8 +42,8 @@ def test_every_command_parses(command, monkeypatch, tmp_path):
         (tmp_path / "passage.txt").write_text("A passage.")
         monkeypatch.setattr(f"lightning_ipu_bert.commands.{verb}.load_trained", stop)
     else:
-        monkeypatch.setattr("lightning_ipu_bert.cli.follow_checkpoint", lambda *_: None)
-        monkeypatch.setattr(QuestionAnsweringCLI, "instantiate_classes", stop)
+        monkeypatch.setattr(trainer_verbs, "follow_checkpoint", lambda *_: None)
+        monkeypatch.setattr(trainer_verbs.QuestionAnsweringCLI, "instantiate_classes", stop)
     monkeypatch.chdir(tmp_path)
     if "--ckpt_path" in words:
         path = tmp_path / words[words.index("--ckpt_path") + 1]

@@ -12,7 +12,8 @@ import torch
 from lightning_ipu_bert.commands.loading import TrainedModel, load_trained
 from lightning_ipu_bert.commands.parser import command_parser
 from lightning_ipu_bert.data.answers import Windows, decode
-from lightning_ipu_bert.data.feature_cache import build_dataset
+from lightning_ipu_bert.data.feature_columns import build_columns
+from lightning_ipu_bert.data.feature_table import FeatureTable
 from lightning_ipu_bert.data.loaders import Collator
 from lightning_ipu_bert.data.logits import join_logits
 from lightning_ipu_bert.data.questions import Question, QuestionSet
@@ -48,15 +49,16 @@ def answer_questions(
     asked = [Question(str(i), text, 0, ()) for i, text in enumerate(questions)]
     question_set = QuestionSet([context], asked)
     enforce(windowing_rules(model.windowing))
-    features = build_dataset(question_set, model.tokenizer, model.windowing)
+    features = build_columns(question_set, model.tokenizer, model.windowing)
+    table = FeatureTable(features)
     collate = Collator(model.tokenizer.pad_token_id)
     parts = []
-    for first in range(0, len(features), WINDOWS_PER_BATCH):
-        rows = range(first, min(first + WINDOWS_PER_BATCH, len(features)))
-        batch = collate([features[row] for row in rows])
+    for first in range(0, len(table), WINDOWS_PER_BATCH):
+        rows = range(first, min(first + WINDOWS_PER_BATCH, len(table)))
+        batch = collate(table.__getitems__(list(rows)))
         with torch.no_grad():
-            output = model.module(**{name: batch[name] for name in NETWORK_INPUTS})
-        parts.append((batch["feature"], *output))
+            output = model.network(**{name: batch[name] for name in NETWORK_INPUTS})
+        parts.append((batch["feature"], output.start_logits, output.end_logits))
     ranked = decode(join_logits(parts), Windows.of(features), model.rules).n_best(question_set)
     results = []
     for question in asked:

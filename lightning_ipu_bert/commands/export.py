@@ -38,7 +38,7 @@ def export(ckpt_path: str, output_dir: str, push_to_hub: Optional[str] = None) -
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
-        model.module.to_huggingface().save_pretrained(partial)
+        model.network.save_pretrained(partial)
         model.tokenizer.save_pretrained(partial)
         model_card(model, folder.name).save(partial / "README.md")
         if model.ipu_config is not None:
@@ -55,7 +55,7 @@ def export(ckpt_path: str, output_dir: str, push_to_hub: Optional[str] = None) -
 
 def model_card(model: TrainedModel, name: str) -> ModelCard:
     """Return a model card with the scores of exactly these weights."""
-    scores = {key.split("/")[-1]: value for key, value in model.module.scores.items()}
+    scores = {key.split("/")[-1]: value for key, value in model.scores.items()}
     measured = {key: scores[key] for key in METRICS if key in scores}
     data = ModelCardData(
         library_name="transformers",

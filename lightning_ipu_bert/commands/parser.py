@@ -6,7 +6,7 @@ import re
 import sys
 from typing import Any, List, NoReturn, Optional, Sequence
 
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser
 from typing_extensions import override
 
 from lightning_ipu_bert.pipeline.rules import nearest
@@ -25,8 +25,8 @@ def exit_with(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-class Parser(LightningArgumentParser):
-    """LightningArgumentParser that prints errors without the usage."""
+class Parser(ArgumentParser):
+    """Parser of jsonargparse that prints errors without the usage."""
 
     verbs: Sequence[Parser] = ()
     """The parsers of the verbs, if this parser selects one of them."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lightning_ipu_bert.data.feature_cache import flat_column
+from lightning_ipu_bert.data.feature_columns import Features, flat_column
 from lightning_ipu_bert.data.logits import FloatArray, IntArray, Logits
 from lightning_ipu_bert.data.questions import QuestionSet
 
@@ -54,8 +54,8 @@ class Windows(NamedTuple):
     """Ends of the passage tokens of all windows (exclusive)."""
 
     @classmethod
-    def of(cls, features: Any) -> Windows:
-        """Return the windows of a dataset of features."""
+    def of(cls, features: Features) -> Windows:
+        """Return the windows of features."""
         rows = features.data.column("offset_starts").combine_chunks()
         counts = np.asarray(rows.value_lengths().to_numpy(zero_copy_only=False), np.int64)
         return cls(

@@ -9,34 +9,20 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Mapping, Optional
+from typing import TYPE_CHECKING, Optional
 
-import numpy as np
-import numpy.typing as npt
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_ipu_bert.data import features, tokenized
-from lightning_ipu_bert.data.features import features_in_chunks
+from lightning_ipu_bert.data import feature_columns, features, tokenized
+from lightning_ipu_bert.data.feature_columns import build_columns
 from lightning_ipu_bert.data.questions import QuestionSet
 from lightning_ipu_bert.data.settings import Windowing, windowing_rules
 from lightning_ipu_bert.files import built_once
 from lightning_ipu_bert.pipeline.rules import enforce
 
 if TYPE_CHECKING:
-    import pyarrow
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-ROW_LENGTHS = {
-    "input_ids": "counts",
-    "token_type_ids": "counts",
-    "offset_starts": "passage_counts",
-    "offset_ends": "passage_counts",
-}
-"""List columns of features: the column with the lengths of their rows."""
-
-SCALARS = ("start_positions", "end_positions", "question", "context_start")
-"""Scalar columns of features; the index `feature` is added at the end."""
 
 
 def default_cache_dir() -> Path:
@@ -92,20 +78,13 @@ def cache_key(
     """
     import datasets
 
-    sources = (features.__file__, tokenized.__file__, __file__)
+    sources = (features.__file__, tokenized.__file__, feature_columns.__file__, __file__)
     code = b"".join(Path(source).read_bytes() for source in sources)
     specials = f"{tokenizer.cls_token_id},{tokenizer.sep_token_id}"
     parts = [question_set.digest(), tokenizer.backend_tokenizer.to_str(), specials, str(windowing)]
     parts.append(datasets.__version__)
     text = "\0".join([*parts, hashlib.sha256(code).hexdigest()])
     return hashlib.sha256(text.encode("utf8", "surrogatepass")).hexdigest()[:32]
-
-
-def flat_column(dataset: Dataset, name: str) -> npt.NDArray[np.int64]:
-    """Return a column as a flat array; rows of list columns are concatenated."""
-    column = dataset.data.column(name).combine_chunks()
-    values = column.flatten() if name in ROW_LENGTHS else column
-    return np.asarray(values.to_numpy(zero_copy_only=False), np.int64)
 
 
 def build_dataset(
@@ -115,29 +94,6 @@ def build_dataset(
     description: Optional[str] = None,
 ) -> Dataset:
     """Build the features of a split in memory, with a progress bar if `description` is given."""
-    import pyarrow
     from datasets import Dataset
-    from tqdm.auto import tqdm
 
-    tables: List[pyarrow.Table] = []
-    total = len(question_set.questions)
-    hidden = description is None
-    with tqdm(total=total, desc=description, unit=" q", leave=False, disable=hidden) as progress:
-        for done, columns in features_in_chunks(question_set, tokenizer, windowing):
-            tables.append(_arrow_table(columns))
-            progress.update(done)
-    table = pyarrow.concat_tables(tables)
-    return Dataset(table.append_column("feature", [np.arange(table.num_rows, dtype=np.int32)]))
-
-
-def _arrow_table(columns: Mapping[str, npt.NDArray[np.int64]]) -> pyarrow.Table:
-    import pyarrow
-
-    arrays: Dict[str, pyarrow.Array] = {}
-    for name, lengths in ROW_LENGTHS.items():
-        bounds = np.concatenate([[0], np.cumsum(columns[lengths])]).astype(np.int32)
-        kind = np.int8 if name == "token_type_ids" else np.int32
-        arrays[name] = pyarrow.ListArray.from_arrays(bounds, columns[name].astype(kind))
-    for name in SCALARS:
-        arrays[name] = columns[name].astype(np.int32)
-    return pyarrow.table(arrays)
+    return Dataset(build_columns(question_set, tokenizer, windowing, description).data)

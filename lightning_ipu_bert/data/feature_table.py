@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
+from lightning_ipu_bert.data.feature_columns import Features
 from lightning_ipu_bert.data.tokenized import IntArray, ranges, starts_of
 
 if TYPE_CHECKING:
-    import datasets
     import pyarrow
 
 TOKENS = ("input_ids", "token_type_ids")
@@ -22,13 +22,13 @@ SCALARS = ("start_positions", "end_positions", "feature")
 
 
 class FeatureTable(Dataset[Dict[str, object]]):
-    """A dataset of features; rows are dictionaries as in the `datasets.Dataset`."""
+    """A dataset of features; rows are dictionaries of all columns."""
 
-    def __init__(self, features: datasets.Dataset, longest_first: bool = False) -> None:
+    def __init__(self, features: Features, longest_first: bool = False) -> None:
         """Read the columns that batches consist of.
 
         Args:
-            features: From `feature_cache.cached_features`.
+            features: From `cached_features` or `build_columns`.
             longest_first: Sort the rows by their number of tokens; otherwise they stay in order.
         """
         columns = {n: features.data.column(n).combine_chunks() for n in TOKENS + SCALARS}
@@ -55,7 +55,8 @@ class FeatureTable(Dataset[Dict[str, object]]):
     @override
     def __getitem__(self, row: int) -> Dict[str, object]:
         """Return a row with all columns."""
-        return dict(self.features[int(self.order[row])])
+        columns = self.features.data.slice(int(self.order[row]), 1).to_pydict()
+        return {name: values[0] for name, values in columns.items()}
 
     def __getitems__(self, rows: List[int]) -> FeatureRows:
         """Return several rows; called by the loaders of torch."""

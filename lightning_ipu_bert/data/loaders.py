@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, DistributedSampler
-from transformers.trainer_pt_utils import get_length_grouped_indices
 from typing_extensions import override
 
 from lightning_ipu_bert.data.feature_table import FeatureRows
@@ -112,6 +111,8 @@ class TrainingSampler(DistributedSampler):  # type: ignore[type-arg]  # not gene
         generator = torch.Generator()
         generator.manual_seed(self.seed + self.epoch)
         if self.group_by_length:
+            from transformers.trainer_pt_utils import get_length_grouped_indices  # imports a lot
+
             grouped: Callable[..., List[int]] = get_length_grouped_indices
             order = grouped(self.lengths, self.global_batch_size, generator=generator)
         else:

@@ -11,7 +11,6 @@ from lightning_ipu_bert.cli import main
 from lightning_ipu_bert.commands.ask import answer_questions
 from lightning_ipu_bert.commands.export import export
 from lightning_ipu_bert.commands.loading import load_trained
-from lightning_ipu_bert.models.fast_bert import use_fast_layers
 
 CONTEXT = "Rufford is a small town. It lies on the Demar. " * 20
 QUESTIONS = ["Which river flows through Rufford?", "What is Rufford?"]
@@ -99,11 +98,10 @@ def test_an_empty_context_is_refused(checkpoint):
 def test_an_exported_folder_has_identical_logits_tokenizer_and_card(checkpoint, tmp_path):
     folder = export(checkpoint, str(tmp_path / "out"))
     model = load_trained(checkpoint)
-    use_fast_layers(model.module.bert, False)
     inputs = model.tokenizer(QUESTIONS[0], CONTEXT[:60], return_tensors="pt")
     network = BertForQuestionAnswering.from_pretrained(folder).eval()
     with torch.no_grad():
-        theirs, ours = network(**inputs), model.module(**inputs)
+        theirs, ours = network(**inputs), model.network(**inputs)
     assert torch.equal(theirs.start_logits, ours.start_logits)
     assert torch.equal(theirs.end_logits, ours.end_logits)
     assert (
@@ -111,7 +109,7 @@ def test_an_exported_folder_has_identical_logits_tokenizer_and_card(checkpoint, 
         == (model.tokenizer(QUESTIONS)["input_ids"])
     )
     card = (folder / "README.md").read_text("utf8")
-    assert f"| F1 | {model.module.scores['val/f1']:.2f} |" in card
+    assert f"| F1 | {model.scores['val/f1']:.2f} |" in card
     assert "pipeline_tag: question-answering" in card
 
 

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from lightning_ipu_bert import UserError
-from lightning_ipu_bert.data.feature_cache import build_dataset, flat_column
+from lightning_ipu_bert.data.feature_cache import build_dataset
+from lightning_ipu_bert.data.feature_columns import flat_column
 from lightning_ipu_bert.data.features import answer_token_spans, smallest_spans
 from lightning_ipu_bert.data.formats import read_files
 from lightning_ipu_bert.data.questions import Answer, Question, QuestionSet

@@ -39,7 +39,7 @@ def test_a_batch_of_fixed_length_is_padded_to_it():
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (1, 8)
 
 
-@pytest.mark.parametrize("longest, padded", [(3, 8), (8, 8), (9, 16), (17, 20), (20, 20)])
+@pytest.mark.parametrize(("longest", "padded"), [(3, 8), (8, 8), (9, 16), (17, 20), (20, 20)])
 def test_padding_to_a_multiple_ends_at_the_largest_length(longest, padded):
     collate = Collator(pad_token_id=0, multiple_of=8, max_length=20)
     assert collate([feature(0, longest)])["input_ids"].shape == (1, padded)

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from lightning_ipu_bert import IPUConfig, IPUStrategy, UserError
-from lightning_ipu_bert.cli import shipped_configs
+from lightning_ipu_bert.commands.trainer_verbs import shipped_configs
 from lightning_ipu_bert.strategies.ipu.profiling import profiled
 from lightning_ipu_bert.strategies.ipu.program.options import OptionsContext, ipu_options
 

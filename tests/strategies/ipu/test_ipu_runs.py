@@ -20,8 +20,9 @@ from model_helpers import needs_pipelining
 from models import GLOBAL_BATCH, make_model
 
 from lightning_ipu_bert import IPUAccelerator, IPUStrategy, PipelineParallelStrategy
-from lightning_ipu_bert.cli import main, shipped_configs
+from lightning_ipu_bert.cli import main
 from lightning_ipu_bert.commands.export import export
+from lightning_ipu_bert.commands.trainer_verbs import shipped_configs
 from lightning_ipu_bert.pipeline.ipu.file import read_values
 from lightning_ipu_bert.pipeline.ipu.program import program_rules
 from lightning_ipu_bert.pipeline.plan import layer_rules
