@@ -28,7 +28,7 @@ DESCRIPTION = (
 
 def shipped_configs() -> Path:
     """Return the folder of the configs, in an installed package or in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     return next(p for p in (package / "configs", package.parent / "configs") if p.is_dir())
 
 
