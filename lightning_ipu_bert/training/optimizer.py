@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from lightning_ipu_bert.training.settings import LR_SCHEDULES
 
@@ -51,6 +50,8 @@ def learning_rate_schedule(
         num_warmup_steps: Number of warm-up steps.
         total_steps: Number of steps of the run, after which linear and cosine reach 0.
     """
+    from transformers import get_scheduler  # imports the Trainer
+
     schedule: LambdaLR = get_scheduler(LR_SCHEDULES[name], optimizer, num_warmup_steps, total_steps)
     return schedule
 

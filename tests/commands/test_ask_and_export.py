@@ -1,5 +1,7 @@
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -82,6 +84,20 @@ def test_question_and_context_come_from_files_or_standard_input(
     monkeypatch.setattr("sys.stdin", io.StringIO(CONTEXT))
     words = ["--question", *QUESTIONS, "--context_file", "-"]
     assert ask(capsys, "--model", checkpoint, *words) == plain
+
+
+def test_it_starts_without_lightning(checkpoint):
+    """What it imports takes most of the time until its answer."""
+    script = (
+        "import sys\n"
+        "from lightning_ipu_bert.cli import main\n"
+        "main(sys.argv[1:])\n"
+        "heavy = {'lightning', 'datasets', 'torchmetrics', 'transformers.trainer'}\n"
+        "sys.exit(f'{heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)\n"
+    )
+    words = ["ask", "--model", checkpoint, "--question", QUESTIONS[0], "--context", CONTEXT]
+    done = subprocess.run([sys.executable, "-c", script, *words], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_plain_bert_is_not_asked(make_module, tmp_path):
