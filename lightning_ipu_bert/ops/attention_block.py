@@ -131,6 +131,6 @@ class _AttentionBlock(Function):
             d_qkv[0].mul_(head_size**-0.5)
             d_qkv = d_qkv.permute(1, 3, 0, 2, 4).reshape(len(x), -1)  # [3, B, H, S, d] -> [N, 3 D]
             d_weight, d_bias = linear_gradients(d_qkv, x, needed[:6])
-            d_x = torch.addmm(d_x, d_qkv, w_qkv).view(gradient.shape).to(ctx.dtype)
+            d_x = d_x.addmm_(d_qkv, w_qkv).view(gradient.shape).to(ctx.dtype)
         parts = [x.chunk(3) if x is not None else (None,) * 3 for x in (d_weight, d_bias)]
         return (d_x, None, None, *parts[0], *parts[1], *d_output, d_norm, d_norm_bias)

@@ -106,5 +106,5 @@ class _FeedForwardBlock(Function):
             d_output = linear_gradients(g, activation, (needed.output, needed.output_bias))
             g = gelu_backward(g @ w_out, inner)
             d_inner = linear_gradients(g, x, (needed.inner, needed.inner_bias))
-            d_x = torch.addmm(d_x, g, w_inner).view(gradient.shape).to(ctx.dtype)
+            d_x = d_x.addmm_(g, w_inner).view(gradient.shape).to(ctx.dtype)
         return (d_x, None, *d_inner, *d_output, d_norm, d_norm_bias)

@@ -70,6 +70,7 @@ def linear_gradients(
     """
     if not any(needed):
         return None, None
-    wide = x.shape[1] > gradient.shape[1]  # a product with more rows than columns is faster
+    # In bfloat16 a product with more rows than columns is faster, though its result is transposed.
+    wide = gradient.dtype == torch.bfloat16 and x.shape[1] > gradient.shape[1]
     weight = (x.t() @ gradient).t() if wide else gradient.t() @ x
     return weight, gradient.sum(0)
