@@ -1,7 +1,11 @@
 """Training throughput of `fit` as shipped, beside the Trainer of Hugging Face.
 
-    python scripts/bench_throughput.py --train_file T --model M [--against best compiled recipe]
+    python scripts/bench_throughput.py --train_file T --model M
+        [--against best compiled recipe stages]
         [--precision bf16 float32] [--pairs 5] [--updates 60]
+
+best, compiled and recipe are the Trainer of Hugging Face (throughput_sides.py); stages is
+configs/squad_minilm_pipeline.yaml, two ranks beside one process with two threads.
 
 Both sides train configs/squad_minilm.yaml: the same features in the same order, dropout, clipping
 and precision, nothing frozen, a line of logs every 25 updates. Each run is a process of its own;
@@ -52,19 +56,20 @@ def run(words: Sequence[str], out: Path, quiet: bool = True) -> Any:
     return json.loads(out.read_text("utf8"))
 
 
-def fit(options: argparse.Namespace, precision: str, out: Path, words: Sequence[str] = ()) -> Side:
-    """Train by the shipped command with the shipped config."""
+def fit(
+    options: argparse.Namespace, precision: str, out: Path, config: str = "squad_minilm"
+) -> Side:
+    """Train by the shipped command with a shipped config."""
     clock = "--trainer.callbacks"
     result = run(
         [
-            *("-m", "lightning_ipu_bert", "fit", "--config", "squad_minilm"),
+            *("-m", "lightning_ipu_bert", "fit", "--config", config),
             *("--model.model_name_or_path", options.model),
             *("--data.train_file", options.train_file),
             *("--trainer.precision", PRECISIONS[precision]),
             *("--trainer.default_root_dir", str(out.parent)),
             *(clock, "update_clock.LightningClock"),
             *(f"{clock}.file", str(out), f"{clock}.updates", str(options.updates)),
-            *words,
         ],
         out,
     )
@@ -72,7 +77,9 @@ def fit(options: argparse.Namespace, precision: str, out: Path, words: Sequence[
 
 
 def other(name: str, options: argparse.Namespace, precision: str, out: Path) -> Side:
-    """Train by another side; see throughput_sides.py."""
+    """Train by another side: `fit` on two stages, or one of throughput_sides.py."""
+    if name == "stages":
+        return fit(options, precision, out, config="squad_minilm_pipeline")
     return Side(**run(side_words(name, options, precision, out), out))
 
 

@@ -23,14 +23,15 @@ class Clock:
         self.times: List[float] = []
         self.lengths: List[List[int]] = []
 
-    def tick(self) -> bool:
+    def tick(self, write: bool = True) -> bool:
         """Note the end of an update; return whether it was the last one."""
         self.times.append(time.perf_counter())
         if len(self.times) < WARM_UP + self.updates:
             return False
         seconds = self.times[-1] - self.times[WARM_UP - 1]
         result = {"seconds": seconds, "updates": self.updates, "lengths": self.lengths}
-        Path(self.file).write_text(json.dumps(result), "utf8")
+        if write:
+            Path(self.file).write_text(json.dumps(result), "utf8")
         return True
 
 
@@ -45,7 +46,8 @@ class LightningClock(pl.Callback):
         self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.clock.lengths.append(batch["attention_mask"].sum(1).tolist())
-        trainer.should_stop = trainer.should_stop or self.clock.tick()
+        # Every rank of a pipeline sees the whole batch, and stops after the same one.
+        trainer.should_stop = trainer.should_stop or self.clock.tick(trainer.is_global_zero)
 
 
 class TrainerClock(TrainerCallback):
