@@ -7,9 +7,12 @@ from typing import Any, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.functional import scaled_dot_product_attention
 from typing_extensions import override
 
+from lightning_ipu_bert._compat.onednn import linear
 from lightning_ipu_bert.ops.attention import Weights, attend, attend_backward
+from lightning_ipu_bert.ops.masks import has_mask
 from lightning_ipu_bert.ops.parts import (
     Normalization,
     drop_add_norm,
@@ -68,9 +71,54 @@ def attention_block(
     Source:
         Devlin et al., BERT (arXiv:1810.04805), section 3.
     """
+    if not torch.is_grad_enabled() and not has_mask(settings.attention_dropout):
+        return _without_gradient(hidden, bias, settings, parameters)
     function: Any = _AttentionBlock
     output: Tensor = function.apply(hidden, bias, settings, *parameters)
     return output
+
+
+def _without_gradient(
+    hidden: Tensor, bias: Optional[Tensor], settings: AttentionSettings, p: AttentionParameters
+) -> Tensor:
+    """Return the output by torch's attention, which stores no scores: faster without a backward."""
+    with torch.autocast("cpu", enabled=False):
+        x = hidden.to(settings.dtype).reshape(-1, hidden.shape[-1])
+        q, k, v = _all_heads(hidden, x, settings, *_query_key_value(p, settings.dtype))
+        context = scaled_dot_product_attention(q, k, v, bias)
+        _, output, _ = _projected(context, x, p, p.output.to(settings.dtype), settings)
+    return output.view(hidden.shape)
+
+
+def _query_key_value(p: AttentionParameters, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
+    """Return weight and bias of one product, [N, D] -> [N, 3 D], which reads its input once."""
+    weight = torch.cat([p.query, p.key, p.value]).to(dtype)
+    return weight, torch.cat([p.query_bias, p.key_bias, p.value_bias]).to(dtype)
+
+
+def _all_heads(
+    hidden: Tensor, x: Tensor, settings: AttentionSettings, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """Return query, key and value, [3, B, H, S, d], not contiguous."""
+    batch, length, size = hidden.shape
+    shape = (batch, length, 3, settings.heads, size // settings.heads)
+    return linear(x, weight, bias).view(shape).permute(2, 0, 3, 1, 4)
+
+
+def _projected(
+    heads: Tensor, x: Tensor, p: AttentionParameters, weight: Tensor, settings: AttentionSettings
+) -> Tuple[Tensor, Tensor, Normalization]:
+    """Return the context, [B, H, S, d] -> [N, D], the output, and what its backward needs."""
+    context = heads.transpose(1, 2).reshape(len(x), -1)
+    output, normalization = drop_add_norm(
+        linear(context, weight, p.output_bias.to(x.dtype)),
+        x,
+        p.norm,
+        p.norm_bias,
+        settings.eps,
+        settings.hidden_dropout,
+    )
+    return context, output, normalization
 
 
 class _AttentionBlock(Function):
@@ -84,27 +132,15 @@ class _AttentionBlock(Function):
         *tensors: Tensor,
     ) -> Tensor:
         p, dtype = AttentionParameters(*tensors), settings.dtype
-        batch, length, size = hidden.shape
         with torch.autocast("cpu", enabled=False):
-            x = hidden.to(dtype).reshape(-1, size)
-            # One product for query, key and value: x is read once, [N, D] -> [N, 3 D].
-            w_qkv = torch.cat([p.query, p.key, p.value]).to(dtype)
-            b_qkv = torch.cat([p.query_bias, p.key_bias, p.value_bias]).to(dtype)
-            heads = (batch, length, 3, settings.heads, size // settings.heads)
-            qkv = torch.addmm(b_qkv, x, w_qkv.t()).view(heads).permute(2, 0, 3, 1, 4).contiguous()
-            qkv[0].mul_(heads[-1] ** -0.5)
+            x = hidden.to(dtype).reshape(-1, hidden.shape[-1])
+            w_qkv, b_qkv = _query_key_value(p, dtype)
+            qkv = _all_heads(hidden, x, settings, w_qkv, b_qkv).contiguous()
+            qkv[0].mul_(qkv.shape[-1] ** -0.5)
             q, k, v = qkv
-            context, weights = attend(q, k, v, bias, settings.attention_dropout)
-            context = context.transpose(1, 2).reshape(-1, size)  # [B, H, S, d] -> [N, D]
+            heads, weights = attend(q, k, v, bias, settings.attention_dropout)
             w_out = p.output.to(dtype)
-            output, normalization = drop_add_norm(
-                torch.addmm(p.output_bias.to(dtype), context, w_out.t()),
-                x,
-                p.norm,
-                p.norm_bias,
-                settings.eps,
-                settings.hidden_dropout,
-            )
+            context, output, normalization = _projected(heads, x, p, w_out, settings)
         ctx.settings, ctx.dtype = settings, hidden.dtype
         saved = (x, w_qkv, qkv, context, w_out, p.norm, p.norm_bias, *normalization)
         ctx.save_for_backward(*saved, *(tensor for chunk in weights for tensor in chunk))

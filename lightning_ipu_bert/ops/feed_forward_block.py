@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.nn.functional import gelu
 from typing_extensions import override
 
+from lightning_ipu_bert._compat.onednn import linear, linear_gelu
 from lightning_ipu_bert._compat.torch import gelu_backward
 from lightning_ipu_bert.ops.parts import (
     Normalization,
@@ -62,9 +63,35 @@ def feed_forward_block(
     Source:
         Devlin et al., BERT (arXiv:1810.04805), section 3.
     """
+    if not torch.is_grad_enabled():
+        return _without_gradient(hidden, settings, parameters)
     function: Any = _FeedForwardBlock
     output: Tensor = function.apply(hidden, settings, *parameters)
     return output
+
+
+def _without_gradient(
+    hidden: Tensor, settings: FeedForwardSettings, p: FeedForwardParameters
+) -> Tensor:
+    """Return the output; the product contains GELU, whose input only a backward needs."""
+    dtype = settings.dtype
+    with torch.autocast("cpu", enabled=False):
+        x = hidden.to(dtype).reshape(-1, hidden.shape[-1])
+        activation = linear_gelu(x, p.inner.to(dtype), p.inner_bias.to(dtype))
+        output, _ = _projected(activation, x, p, p.output.to(dtype), settings)
+    return output.view(hidden.shape)
+
+
+def _projected(
+    activation: Tensor,
+    x: Tensor,
+    p: FeedForwardParameters,
+    weight: Tensor,
+    settings: FeedForwardSettings,
+) -> Tuple[Tensor, Normalization]:
+    """Return the output, [N, D], and what its backward needs."""
+    total = linear(activation, weight, p.output_bias.to(x.dtype))
+    return drop_add_norm(total, x, p.norm, p.norm_bias, settings.eps, settings.dropout)
 
 
 class _FeedForwardBlock(Function):
@@ -77,16 +104,9 @@ class _FeedForwardBlock(Function):
         with torch.autocast("cpu", enabled=False):
             x = hidden.to(dtype).reshape(-1, hidden.shape[-1])
             w_inner, w_out = p.inner.to(dtype), p.output.to(dtype)
-            inner = torch.addmm(p.inner_bias.to(dtype), x, w_inner.t())  # [N, D] -> [N, F]
+            inner = linear(x, w_inner, p.inner_bias.to(dtype))  # [N, D] -> [N, F]
             activation = gelu(inner)
-            output, normalization = drop_add_norm(
-                torch.addmm(p.output_bias.to(dtype), activation, w_out.t()),
-                x,
-                p.norm,
-                p.norm_bias,
-                settings.eps,
-                settings.dropout,
-            )
+            output, normalization = _projected(activation, x, p, w_out, settings)
         ctx.settings, ctx.dtype = settings, hidden.dtype
         saved = (x, w_inner, inner, activation, w_out, p.norm, p.norm_bias)
         ctx.save_for_backward(*saved, *normalization)

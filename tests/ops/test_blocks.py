@@ -118,12 +118,15 @@ def check_equal(ours, plain, inputs):
         torch.testing.assert_close(one, other)
 
 
-@RATES
-@pytest.mark.parametrize(
+BIASES = pytest.mark.parametrize(
     "bias",
     [None, score_bias(), torch.randn(B, 1, S, S, dtype=torch.float64)],
     ids=["no bias", "masked keys", "any bias"],
 )
+
+
+@RATES
+@BIASES
 def test_the_attention_block_is_the_formula_of_the_paper(p, bias):
     inputs = attention_inputs()
     check_equal(our_attention(bias, p), plain_attention(bias, p), inputs)
@@ -135,6 +138,38 @@ def test_the_feed_forward_block_is_the_formula_of_the_paper(p):
     inputs = feed_forward_inputs()
     check_equal(our_feed_forward(p), plain_feed_forward(p), inputs)
     assert torch.autograd.gradcheck(our_feed_forward(p), inputs)
+
+
+@BIASES
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["evaluation", "dropout stays on"])
+def test_without_a_gradient_the_attention_block_is_the_same(p, bias):
+    inputs = attention_inputs()
+    with torch.no_grad():
+        found = our_attention(bias, p)(*inputs)
+    torch.testing.assert_close(found, plain_attention(bias, p)(*inputs).detach())
+
+
+@RATES
+def test_without_a_gradient_the_feed_forward_block_is_the_same(p):
+    inputs = feed_forward_inputs()
+    with torch.inference_mode():
+        found = our_feed_forward(p)(*inputs)
+    torch.testing.assert_close(found, plain_feed_forward(p)(*inputs).detach())
+
+
+@pytest.mark.parametrize("half", ["attention", "feed_forward"])
+def test_without_a_gradient_bfloat16_is_within_its_error(half):
+    if half == "attention":
+        inputs, bias = attention_inputs(torch.float32), score_bias(torch.bfloat16)
+        ours = our_attention(bias, 0.0, torch.bfloat16)
+        exact = plain_attention(score_bias(torch.float32), 0.0)(*inputs)
+    else:
+        inputs = feed_forward_inputs(torch.float32)
+        ours, exact = our_feed_forward(0.0, torch.bfloat16), plain_feed_forward(0.0)(*inputs)
+    with torch.no_grad():
+        error = (ours(*inputs).float() - exact).abs().max()
+    trained = (ours(*inputs).float() - exact).abs().max()
+    assert error <= 2 * trained + 2**-7
 
 
 @pytest.mark.parametrize("examples", [1, 2])
