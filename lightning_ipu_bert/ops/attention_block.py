@@ -11,13 +11,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from typing_extensions import override
 
 from lightning_ipu_bert._compat.onednn import linear
+from lightning_ipu_bert.ops.accumulation import Linear, linear_backward, once
 from lightning_ipu_bert.ops.attention import Weights, attend, attend_backward
 from lightning_ipu_bert.ops.masks import has_mask
 from lightning_ipu_bert.ops.parts import (
     Normalization,
     drop_add_norm,
     drop_add_norm_backward,
-    linear_gradients,
     refuse_second_derivatives,
 )
 
@@ -92,8 +92,12 @@ def _without_gradient(
 
 def _query_key_value(p: AttentionParameters, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
     """Return weight and bias of one product, [N, D] -> [N, 3 D], which reads its input once."""
-    weight = torch.cat([p.query, p.key, p.value]).to(dtype)
-    return weight, torch.cat([p.query_bias, p.key_bias, p.value_bias]).to(dtype)
+
+    def make() -> Tuple[Tensor, Tensor]:
+        weight = torch.cat([p.query, p.key, p.value]).to(dtype)
+        return weight, torch.cat([p.query_bias, p.key_bias, p.value_bias]).to(dtype)
+
+    return once(p.query, dtype, make)
 
 
 def _all_heads(
@@ -139,9 +143,9 @@ class _AttentionBlock(Function):
             qkv[0].mul_(qkv.shape[-1] ** -0.5)
             q, k, v = qkv
             heads, weights = attend(q, k, v, bias, settings.attention_dropout)
-            w_out = p.output.to(dtype)
+            w_out = once(p.output, dtype, lambda: p.output.to(dtype))
             context, output, normalization = _projected(heads, x, p, w_out, settings)
-        ctx.settings, ctx.dtype = settings, hidden.dtype
+        ctx.settings, ctx.dtype, ctx.parameters = settings, hidden.dtype, p
         saved = (x, w_qkv, qkv, context, w_out, p.norm, p.norm_bias, *normalization)
         ctx.save_for_backward(*saved, *(tensor for chunk in weights for tensor in chunk))
         return output.view(hidden.shape)
@@ -160,13 +164,15 @@ class _AttentionBlock(Function):
             g, d_x, d_norm, d_norm_bias = drop_add_norm_backward(
                 g, normalization, norm, norm_bias, settings.hidden_dropout
             )
-            d_output = linear_gradients(g, context, (needed.output, needed.output_bias))
+            output = Linear([ctx.parameters.output], [ctx.parameters.output_bias])
+            d_output = linear_backward(output, g, context, (needed.output, needed.output_bias))
             g = (g @ w_out).view(batch, length, heads, head_size).transpose(1, 2).contiguous()
             q, k, v = qkv
             d_qkv = attend_backward(g, q, k, v, weights, settings.attention_dropout)
             d_qkv[0].mul_(head_size**-0.5)
             d_qkv = d_qkv.permute(1, 3, 0, 2, 4).reshape(len(x), -1)  # [3, B, H, S, d] -> [N, 3 D]
-            d_weight, d_bias = linear_gradients(d_qkv, x, needed[:6])
-            d_x = d_x.addmm_(d_qkv, w_qkv).view(gradient.shape).to(ctx.dtype)
+            all_heads = Linear(ctx.parameters[:3], ctx.parameters[3:6])
+            d_weight, d_bias = linear_backward(all_heads, d_qkv, x, needed[:6])
+            d_x = torch.addmm(d_x, d_qkv, w_qkv).view(gradient.shape).to(ctx.dtype)
         parts = [x.chunk(3) if x is not None else (None,) * 3 for x in (d_weight, d_bias)]
         return (d_x, None, None, *parts[0], *parts[1], *d_output, d_norm, d_norm_bias)

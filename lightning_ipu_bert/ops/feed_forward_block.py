@@ -12,11 +12,11 @@ from typing_extensions import override
 
 from lightning_ipu_bert._compat.onednn import linear, linear_gelu
 from lightning_ipu_bert._compat.torch import gelu_backward
+from lightning_ipu_bert.ops.accumulation import Linear, linear_backward, once
 from lightning_ipu_bert.ops.parts import (
     Normalization,
     drop_add_norm,
     drop_add_norm_backward,
-    linear_gradients,
     refuse_second_derivatives,
 )
 
@@ -103,11 +103,12 @@ class _FeedForwardBlock(Function):
         p, dtype = FeedForwardParameters(*tensors), settings.dtype
         with torch.autocast("cpu", enabled=False):
             x = hidden.to(dtype).reshape(-1, hidden.shape[-1])
-            w_inner, w_out = p.inner.to(dtype), p.output.to(dtype)
+            w_inner = once(p.inner, dtype, lambda: p.inner.to(dtype))
+            w_out = once(p.output, dtype, lambda: p.output.to(dtype))
             inner = linear(x, w_inner, p.inner_bias.to(dtype))  # [N, D] -> [N, F]
             activation = gelu(inner)
             output, normalization = _projected(activation, x, p, w_out, settings)
-        ctx.settings, ctx.dtype = settings, hidden.dtype
+        ctx.settings, ctx.dtype, ctx.parameters = settings, hidden.dtype, p
         saved = (x, w_inner, inner, activation, w_out, p.norm, p.norm_bias)
         ctx.save_for_backward(*saved, *normalization)
         return output.view(hidden.shape)
@@ -123,8 +124,10 @@ class _FeedForwardBlock(Function):
             g, d_x, d_norm, d_norm_bias = drop_add_norm_backward(
                 g, Normalization(*normalization), norm, norm_bias, settings.dropout
             )
-            d_output = linear_gradients(g, activation, (needed.output, needed.output_bias))
+            output = Linear([ctx.parameters.output], [ctx.parameters.output_bias])
+            d_output = linear_backward(output, g, activation, (needed.output, needed.output_bias))
             g = gelu_backward(g @ w_out, inner)
-            d_inner = linear_gradients(g, x, (needed.inner, needed.inner_bias))
-            d_x = d_x.addmm_(g, w_inner).view(gradient.shape).to(ctx.dtype)
+            inner_layer = Linear([ctx.parameters.inner], [ctx.parameters.inner_bias])
+            d_inner = linear_backward(inner_layer, g, x, (needed.inner, needed.inner_bias))
+            d_x = torch.addmm(d_x, g, w_inner).view(gradient.shape).to(ctx.dtype)
         return (d_x, None, *d_inner, *d_output, d_norm, d_norm_bias)

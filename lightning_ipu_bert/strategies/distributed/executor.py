@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_ipu_bert.examples import EntryMemo
 from lightning_ipu_bert.global_loss import loss_of
+from lightning_ipu_bert.ops.accumulation import accumulating
 from lightning_ipu_bert.pipeline.plan import Plan
 from lightning_ipu_bert.pipeline.protocol import has_own_weights
 from lightning_ipu_bert.strategies.bridge import bridged, take_gradients
@@ -165,7 +166,11 @@ class TorchPipelineExecutor:
         losses: List[Tensor] = []
         logged = LoggedValues(call)
         first = [stage for stage in self.stages if stage.index == 0]
-        with self._stages_in(call), accumulated_in_place(first), logged.collected_from(self.model):
+        with ExitStack() as stack:
+            stack.enter_context(self._stages_in(call))
+            stack.enter_context(logged.collected_from(self.model))
+            stack.enter_context(accumulated_in_place(first))
+            stack.enter_context(accumulating())
             schedule.step(losses=losses, **chunked(len(call.micro_batches)))
         total, is_logged = self._add_up(losses, scale, len(logged))
         if is_logged:
