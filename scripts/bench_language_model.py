@@ -23,6 +23,7 @@ from typing import Any, Dict, List, Tuple
 import lightning.pytorch as pl
 import tests_path  # noqa: F401
 import torch
+from bench_hf_trainer import our_trainer
 from language_model import LanguageModel, Sentences
 from torch import nn
 from torch.utils.data import DataLoader
@@ -79,17 +80,7 @@ def train(side: str, out: str, updates: int) -> None:
     if side in ("memory", "all"):
         callbacks.append(KeepFreedMemory())
     with tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            precision="bf16-mixed",
-            gradient_clip_val=1.0,
-            callbacks=callbacks,
-            default_root_dir=folder,
-            enable_model_summary=False,
-            logger=False,
-            enable_progress_bar=False,
-            enable_checkpointing=False,
-        )
+        trainer = our_trainer(folder, precision="bf16-mixed", callbacks=callbacks)
         trainer.fit(model, DataLoader(Sentences(100 * BATCH, LENGTH), BATCH))
     result = json.loads(Path(out).read_text("utf8"))
     result["kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
