@@ -1,6 +1,7 @@
 """Freed memory stays with a process where glibc can be told so, and nowhere else."""
 
 import os
+import statistics
 import subprocess
 import sys
 
@@ -16,16 +17,12 @@ from lightning_ipu_bert.training.allocator import keep_freed_memory
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-def step():
+def faults_of_step():
+    before = faults()
     torch.ones(16 * 2**20)  # 64 MiB
+    return faults() - before
 
-print(int({call}))
-for _ in range(3):
-    step()
-before = faults()
-for _ in range(10):
-    step()
-print(faults() - before)
+print(int({call}), *[faults_of_step() for _ in range(13)])
 """
 
 
@@ -34,8 +31,9 @@ def run(call, **environment):
     env = {**os.environ, **environment}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    was_set, faults = map(int, done.stdout.split())
-    return was_set, faults
+    was_set, *faults = map(int, done.stdout.split())
+    # The median: a small block may come to lie in the freed one, and one step pays for a new one.
+    return was_set, statistics.median(faults)
 
 
 @pytest.mark.skipif(allocator.platform.libc_ver()[0] != "glibc", reason="the C library is another")
@@ -43,7 +41,7 @@ def test_steps_cause_no_page_faults():
     was_set, faults = run("keep_freed_memory()")
     _, faults_without = run("False")
     assert was_set
-    assert faults < 1000 < 10_000 < faults_without
+    assert faults < 100 < 10_000 < faults_without
 
 
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
