@@ -18,6 +18,7 @@ import json
 import random
 from itertools import product
 from pathlib import Path
+from signal import SIGINT, default_int_handler, signal
 from typing import Dict, List
 
 import tests_path  # noqa: F401
@@ -37,17 +38,19 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("kills.json"), help="file to continue")
     parser.add_argument("--seed", type=int, default=None, help="of the moments")
     options = parser.parse_args()
+    # A shell starts commands in the background (&) with SIGINT ignored, which runs would inherit.
+    signal(SIGINT, default_int_handler)
     results: Results = {}
     if options.results.exists():
         results = json.loads(options.results.read_text("utf8"))
     chance = random.Random(options.seed)
     unharmed = {layout: train_unharmed(layout) for layout in LAYOUTS}
     todo = list(product(range(options.times), LAYOUTS, SIGNALS))
-    for number, layout, signal in tqdm(todo, desc="kills"):
-        done = results.setdefault(f"{signal} {layout}", [])
+    for number, layout, name in tqdm(todo, desc="kills"):
+        done = results.setdefault(f"{name} {layout}", [])
         if len(done) <= number:
             phase = list(PHASES)[number % len(PHASES)]
-            done.append(kill_once(chance, Kill(signal, layout, phase), unharmed[layout]))
+            done.append(kill_once(chance, Kill(name, layout, phase), unharmed[layout]))
             options.results.write_text(json.dumps(results, indent=1), "utf8")
     print(table(results))
 
