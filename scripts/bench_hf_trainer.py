@@ -53,14 +53,18 @@ MODEL_COLUMNS = ["input_ids", "token_type_ids", "start_positions", "end_position
 
 
 class InOrderTrainer(Trainer):
-    """A Trainer that takes the examples as they come, and keeps every loss unrounded."""
-
-    losses: List[float]
+    """A Trainer that takes the examples as they come."""
 
     @override
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         assert isinstance(self.train_dataset, Sized)
         return SequentialSampler(self.train_dataset)
+
+
+class RecordingTrainer(InOrderTrainer):
+    """Keeps every loss unrounded."""
+
+    losses: List[float]
 
     @override
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +150,7 @@ def parity(options: argparse.Namespace) -> None:
     train = load_features(options, "train")[1].select(range(20 * BATCH))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     with tempfile.TemporaryDirectory() as folder:
-        theirs = InOrderTrainer(
+        theirs = RecordingTrainer(
             load_model(options.model, dropout=False),
             arguments(folder, num_train_epochs=1, bf16=False),
             train_dataset=train.select_columns(MODEL_COLUMNS),
@@ -180,7 +184,6 @@ def speed(options: argparse.Namespace) -> None:
                 train_dataset=rows.select_columns(MODEL_COLUMNS),
                 data_collator=DataCollatorWithPadding(tokenizer),
             )
-            theirs.losses = []
             ours = our_trainer(folder, max_epochs=1, precision="bf16-mixed")
             module = our_module(options.model, dropout=True)
             loader = our_loader(rows, tokenizer.pad_token_id)

@@ -67,7 +67,6 @@ def train(side: str, out: str, options: Dict[str, Any]) -> None:
             data_collator=DataCollatorWithPadding(tokenizer, **padding),
             callbacks=[TrainerClock(out, options["updates"])],
         )
-        trainer.losses = []
         trainer.train()
     result = json.loads(Path(out).read_text("utf8"))
     lengths = [len(ids) for ids in features["input_ids"]]

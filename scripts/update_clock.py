@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, List
 
 import lightning.pytorch as pl
+import torch
 from transformers import TrainerCallback
 from typing_extensions import override
 
@@ -25,8 +26,11 @@ class Clock:
 
     def tick(self, write: bool = True) -> bool:
         """Note the end of an update; return whether it was the last one."""
+        end = len(self.times) + 1
+        if end in (WARM_UP, WARM_UP + self.updates) and torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.times.append(time.perf_counter())
-        if len(self.times) < WARM_UP + self.updates:
+        if end < WARM_UP + self.updates:
             return False
         seconds = self.times[-1] - self.times[WARM_UP - 1]
         result = {"seconds": seconds, "updates": self.updates, "lengths": self.lengths}
