@@ -1,6 +1,7 @@
 """Draws where the time of a weight update goes: by the layers of transformers, and as shipped.
 
     python scripts/plot_update_time.py --train_file T --model M --out update_time.svg
+        [--precision 32-true]
 
 Both train configs/squad_minilm.yaml by the shipped command, "before" with fast_kernels and
 keep_freed_memory off. torch's profiler adds up what every operation takes by itself, over 20
@@ -39,8 +40,8 @@ KINDS = {
     "embeddings": ("embedding", "embedding_dense_backward", "index_select", "zero_"),
     "casts and copies": ("copy_", "_to_copy", "to", "cat", "clone", "contiguous", "reshape"),
 }
-RANGES = {"Optimizer.step": "optimizer and clipping", "clip": "optimizer and clipping"}
-MASKS = "dropout masks"
+MASKS, CLIP, MODEL = "dropout masks", "clip gradients", "forward or backward"
+OPTIMIZER = "optimizer and clipping"
 OTHER_OPERATIONS, OTHER = "additions, products by element", "other"
 BEFORE = ["--model.fast_kernels", "false", "--model.keep_freed_memory", "false"]
 COLORS = "tab20"
@@ -55,11 +56,12 @@ class UpdateProfile(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Name what has no operation of its own: numbers of NumPy, and clipping."""
+        """Name the parts of an update, and numbers of NumPy, which are no operations."""
         for module in (attention, dropout, parts):
-            module.keep_mask = named(MASKS, keep_mask)
-        clip: Any = pl_module.clip_gradients
-        pl_module.clip_gradients = named("clip", clip)  # type: ignore[method-assign]
+            vars(module)["keep_mask"] = named(MASKS, keep_mask)
+        methods = {"clip_gradients": CLIP, "training_step": MODEL, "backward": MODEL}
+        for method, name in methods.items():
+            vars(pl_module)[method] = named(name, getattr(pl_module, method))
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -70,7 +72,8 @@ class UpdateProfile(pl.Callback):
         if self.count == WARM_UP + self.updates:
             seconds = time.perf_counter() - self.begin
             self.profile.stop()
-            found = milliseconds_by_kind(self.profile.events() or [])
+            events: Any = self.profile.events  # untyped in torch
+            found = milliseconds_by_kind(events() or [])
             found[OTHER] = 1000 * seconds - sum(found.values())
             shares = {kind: value / self.updates for kind, value in found.items()}
             Path(self.file).write_text(json.dumps(shares), "utf8")
@@ -96,14 +99,14 @@ def milliseconds_by_kind(events: List[Any]) -> Dict[str, float]:
 
 
 def kind_of(event: Any) -> str:
-    """Return the kind of an event: that of the range around it, or of its name."""
+    """Return the kind of an event: that of the innermost part around it, or of its name."""
     around: Optional[Any] = event
-    while around is not None:
+    while around is not None and around.name != MODEL:
         if around.name == MASKS:
             return "dropout"
-        for beginning, kind in RANGES.items():
-            if around.name.startswith(beginning):
-                return kind
+        # Lightning runs forward and backward within the step of the optimizer.
+        if around.name == CLIP or around.name.startswith("Optimizer.step"):
+            return OPTIMIZER
         around = around.cpu_parent
     name = event.name.split("::")[-1]
     kinds = [kind for kind, names in KINDS.items() if name in names]
@@ -118,7 +121,7 @@ def measure(options: argparse.Namespace, words: List[str]) -> Dict[str, float]:
             *(sys.executable, "-m", "lightning_ipu_bert", "fit", "--config", "squad_minilm"),
             *("--model.model_name_or_path", options.model),
             *("--data.train_file", str(Path(options.train_file).resolve())),
-            *("--trainer.default_root_dir", folder),
+            *("--trainer.precision", options.precision, "--trainer.default_root_dir", folder),
             *("--trainer.callbacks", "plot_update_time.UpdateProfile"),
             *("--trainer.callbacks.file", str(out), *words),
         ]
@@ -154,7 +157,7 @@ def draw(sides: Dict[str, Dict[str, float]], out: Path) -> None:
 
 def order() -> List[str]:
     """Return all kinds as they are drawn."""
-    return [*KINDS, OTHER_OPERATIONS, "optimizer and clipping", OTHER]
+    return [*KINDS, OTHER_OPERATIONS, OPTIMIZER, OTHER]
 
 
 def total(sides: Dict[str, Dict[str, float]]) -> float:
@@ -167,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--model", required=True, help="folder or hub name of a BERT")
+    parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--out", type=Path, default=Path("update_time.svg"))
     options = parser.parse_args()
     sides = {"before": measure(options, BEFORE), "as shipped": measure(options, [])}

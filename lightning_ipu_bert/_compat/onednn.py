@@ -3,7 +3,8 @@
 Files are relative to https://github.com/pytorch/pytorch/tree/main.
 
 - `mkldnn._linear_pointwise` (aten/src/ATen/native/mkldnn/Linear.cpp): a linear layer whose bias and
-  activation are part of the product. `torch.addmm` first copies the bias into the whole result.
+  activation, or the addition of another tensor, are part of the product. `torch.addmm` first copies
+  the bias into the whole result.
 - `mkldnn._is_mkldnn_bf16_supported` (aten/src/ATen/native/mkldnn/RegisterMkldnnOpContextClass.cpp):
   whether the processor can do it in bfloat16.
 """
@@ -28,7 +29,9 @@ def multiplies_bfloat16() -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(
+        x, weight, bias, activation, [], "none"
+    )
     return result
 
 
@@ -37,6 +40,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if x.dtype == torch.bfloat16 and multiplies_bfloat16():
         return _linear(x, weight, bias, "none")
     return torch.addmm(bias, x, weight.t())
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+    """Return x weight^T + bias + other."""
+    if x.dtype == torch.bfloat16 and multiplies_bfloat16():
+        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, "add")
+        return total
+    return torch.addmm(bias, x, weight.t()).add_(other)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

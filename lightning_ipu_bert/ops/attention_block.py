@@ -16,8 +16,10 @@ from lightning_ipu_bert.ops.attention import Weights, attend, attend_backward
 from lightning_ipu_bert.ops.masks import has_mask
 from lightning_ipu_bert.ops.parts import (
     Normalization,
+    Projection,
     drop_add_norm,
     drop_add_norm_backward,
+    projected_without_gradient,
     refuse_second_derivatives,
 )
 
@@ -85,8 +87,9 @@ def _without_gradient(
     with torch.autocast("cpu", enabled=False):
         x = hidden.to(settings.dtype).reshape(-1, hidden.shape[-1])
         q, k, v = _all_heads(hidden, x, settings, *_query_key_value(p, settings.dtype))
-        context = scaled_dot_product_attention(q, k, v, bias)
-        _, output, _ = _projected(context, x, p, p.output.to(settings.dtype), settings)
+        context = scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).reshape(x.shape)
+        to = Projection(p.output, p.output_bias, p.norm, p.norm_bias)
+        output = projected_without_gradient(context, x, to, settings.eps, settings.hidden_dropout)
     return output.view(hidden.shape)
 
 

@@ -15,8 +15,10 @@ from lightning_ipu_bert._compat.torch import gelu_backward
 from lightning_ipu_bert.ops.accumulation import Linear, linear_backward, once
 from lightning_ipu_bert.ops.parts import (
     Normalization,
+    Projection,
     drop_add_norm,
     drop_add_norm_backward,
+    projected_without_gradient,
     refuse_second_derivatives,
 )
 
@@ -78,7 +80,8 @@ def _without_gradient(
     with torch.autocast("cpu", enabled=False):
         x = hidden.to(dtype).reshape(-1, hidden.shape[-1])
         activation = linear_gelu(x, p.inner.to(dtype), p.inner_bias.to(dtype))
-        output, _ = _projected(activation, x, p, p.output.to(dtype), settings)
+        to = Projection(p.output, p.output_bias, p.norm, p.norm_bias)
+        output = projected_without_gradient(activation, x, to, settings.eps, settings.dropout)
     return output.view(hidden.shape)
 
 

@@ -7,9 +7,10 @@ from typing import NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from lightning_ipu_bert._compat.onednn import linear, linear_add
 from lightning_ipu_bert._compat.torch import layer_norm_backward
 from lightning_ipu_bert.errors import UserError
-from lightning_ipu_bert.ops.masks import dropped_share, keep_mask, masked, masked_
+from lightning_ipu_bert.ops.masks import dropped_share, has_mask, keep_mask, masked, masked_
 
 
 def refuse_second_derivatives() -> None:
@@ -44,6 +45,28 @@ def drop_add_norm(
     total = torch.add(residual, masked_(x, mask), alpha=1 / (1 - dropped_share(p)))
     output, mean, rstd = torch.native_layer_norm(total, weight.shape, weight, bias, eps)
     return output, Normalization(total, mean, rstd, mask)
+
+
+class Projection(NamedTuple):
+    """Parameters at the end of both halves of a layer."""
+
+    weight: Tensor
+    """[D, D_in]"""
+    bias: Tensor
+    """[D], as the others."""
+    norm: Tensor
+    norm_bias: Tensor
+
+
+def projected_without_gradient(
+    x: Tensor, residual: Tensor, to: Projection, eps: float, p: float
+) -> Tensor:
+    """Return LayerNorm(dropout(x weight^T + bias) + residual): [N, D_in] -> [N, D]."""
+    weight, bias = to.weight.to(x.dtype), to.bias.to(x.dtype)
+    if has_mask(p):
+        return drop_add_norm(linear(x, weight, bias), residual, to.norm, to.norm_bias, eps, p)[0]
+    total = linear_add(x, weight, bias, residual)
+    return torch.native_layer_norm(total, to.norm.shape, to.norm, to.norm_bias, eps)[0]
 
 
 def drop_add_norm_backward(
