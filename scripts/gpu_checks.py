@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, NamedTuple, Optional
 
-import lightning.pytorch as pl
 import tests_path  # noqa: F401
 import torch
+from bench_hf_trainer import LossHistory
 from lightning.pytorch.plugins.precision import MixedPrecision
 from pipeline_sides import MINILM, fit
 from ranks import run_ranks
-from typing_extensions import override
 
 UPDATES, EXAMPLES, MICRO_BATCHES = 20, 16, 4
 FIRST_SCALE = 2.0**24
@@ -45,17 +44,6 @@ class Run(NamedTuple):
         return max(abs(a - b) / abs(b) for a, b in zip(self.losses, other.losses))
 
 
-class Losses(pl.Callback):
-    """Keeps the loss of every update."""
-
-    def __init__(self) -> None:
-        self.losses: List[float] = []
-
-    @override
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
-        self.losses.append(float(outputs["loss"]))
-
-
 class Model(NamedTuple):
     """What is trained, and where."""
 
@@ -65,21 +53,24 @@ class Model(NamedTuple):
 
 
 def train(
-    model: Model, precision: str = "32-true", plan: Optional[Dict[str, Any]] = None, ranks: int = 1
+    model: Model,
+    precision: str = "32-true",
+    plan: Optional[Dict[str, Any]] = None,
+    ranks: int = 1,
+    examples: int = EXAMPLES,
 ) -> Run:
     """Train without a plan, or by `PipelineParallelStrategy` with one; return the first rank's."""
-    first: Run = run_ranks(ranks, train_rank, model, precision, plan, timeout=240)[0]
+    first: Run = run_ranks(ranks, train_rank, model, precision, plan, examples, timeout=240)[0]
     return first
 
 
-def train_rank(model: Model, precision: str, plan: Optional[Dict[str, Any]]) -> Run:
+def train_rank(model: Model, precision: str, plan: Optional[Dict[str, Any]], examples: int) -> Run:
     """Train as one of the ranks."""
-    history, scaler = Losses(), None
+    history, scaler = LossHistory(), None
     chosen: Dict[str, Any] = {"precision": precision}
     if precision == "16-mixed":
         scaler = torch.amp.GradScaler("cuda", init_scale=FIRST_SCALE)
         chosen = {"plugins": [MixedPrecision("16-mixed", "cuda", scaler)]}
-    examples = EXAMPLES // (plan or {}).get("replication_factor", 1)
     accelerator = "gpu" if model.gpus else "cpu"
     recipe = {"accelerator": accelerator, "gradient_clip_val": 1.0, **chosen}
     fit(model.size, examples, UPDATES, plan, [history], model.length, **recipe)
@@ -144,15 +135,17 @@ def compared(name: str, run: Run, beside: Run, precision: str = "32-true") -> Ro
 
 
 def check_ranks(model: Model) -> List[Row]:
-    """Compare two GPUs, as stages and as replicas, with one; they communicate by NCCL."""
-    if model.gpus < 2:
-        return [Row("NCCL, 2 x 1 and 1 x 2", f"not here: needs two GPUs, found {model.gpus}", "")]
-    plain = train(model)
-    plans = {
-        "2 x 1": one_stage(layers_per_stage=[-1, -1]),
-        "1 x 2": one_stage(replication_factor=2, gradient_accumulation_steps=MICRO_BATCHES // 2),
-    }
+    """Compare two ranks, as stages and as replicas, with one: by NCCL on GPUs, by gloo on CPUs."""
+    if model.gpus == 1:
+        return [Row("NCCL, 2 x 1 and 1 x 2", "not here: needs two GPUs", "")]
+    backend, half = "NCCL" if model.gpus else "gloo", EXAMPLES // 2
+    two_stages = train(model, plan=one_stage(layers_per_stage=[-1, -1]), ranks=2)
+    replicas = one_stage(replication_factor=2, gradient_accumulation_steps=MICRO_BATCHES // 2)
+    # Both replicas train on the same half: their mean is that of one.
+    two_replicas = train(model, plan=replicas, ranks=2, examples=half)
     return [
-        compared(f"NCCL, {name} and plain Lightning", train(model, plan=plan, ranks=2), plain)
-        for name, plan in plans.items()
+        compared(f"{backend}, 2 x 1 and plain Lightning", two_stages, train(model)),
+        compared(
+            f"{backend}, 1 x 2 and plain Lightning", two_replicas, train(model, examples=half)
+        ),
     ]

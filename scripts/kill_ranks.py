@@ -60,13 +60,13 @@ def table(results: Results) -> str:
     rows = ["| signal | layout | kills | in which phases | resumed | longest end |"]
     rows.append("|---|---|---|---|---|---|")
     for name, stories in results.items():
-        signal, layout = name.split()
+        sent, layout = name.split()
         phases = [next(phase for phase in PHASES if f", {phase}," in story) for story in stories]
         counts = ", ".join(f"{phase} {phases.count(phase)}" for phase in PHASES)
         resumed = sum("resumed from" in story for story in stories)
         seconds = max(float(s.split("ended in ")[1].split(" s")[0]) for s in stories)
         rows.append(
-            f"| {signal} | {layout} | {len(stories)} | {counts} | {resumed} | {seconds:.1f} s |"
+            f"| {sent} | {layout} | {len(stories)} | {counts} | {resumed} | {seconds:.1f} s |"
         )
     return "\n".join(rows)
 

@@ -32,7 +32,7 @@ def run(call, **environment):
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     was_set, *faults = map(int, done.stdout.split())
-    # The median: a small block may come to lie in the freed one, and one step pays for a new one.
+    # The median: malloc may place a small block in the freed one, and one step pays for another.
     return was_set, statistics.median(faults)
 
 
